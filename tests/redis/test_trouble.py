@@ -25,6 +25,7 @@ from coalestra import (
 )
 from coalestra.core.errors import CacheUnavailableError
 from coalestra.redis import RedisCache, SharedCacheUnavailableError
+from coalestra.redis.server import _Line
 from tests.redis.processes import SOURCE
 from tests.redis.servers import Server, running
 from tests.redis.stock import PATIENT_SECONDS, A, B, until
@@ -294,6 +295,38 @@ async def test_what_is_derived_in_a_cut_is_so_once_and_kept(server: Server, pref
         gate.open()
         assert [await first, await second, await value(builder, B)] == [1, 1, 1]
         assert gate.arrived == 1
+
+
+async def test_news_of_very_many_keys_are_heard_in_several_turns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing more is read meanwhile, and who needs to know it all does not wait."""
+
+    class Transport:
+        def __getattr__(self, name: str) -> Any:
+            return lambda: asked.append(name)
+
+    def news(*numbers: int) -> bytes:
+        return b"".join(b"*3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$1\r\n%d\r\n" % n for n in numbers)
+
+    monkeypatch.setattr("coalestra.redis.server.SLICE_SECONDS", 0.0)
+    heard: list[bytes] = []
+    asked: list[str] = []
+    line = _Line(b"c", heard.append)
+    line._transport = Transport()
+    line.data_received(news(1, 2, 3, 4, 5))
+    assert (heard, asked) == ([b"1"], ["pause_reading"])
+    await asyncio.sleep(0)
+    line.data_received(news(6))
+    assert heard == [b"1", b"2"]
+    assert line.catch_up()
+    assert heard == [b"1", b"2", b"3", b"4", b"5", b"6"]
+    await asyncio.sleep(0)
+    assert asked == ["pause_reading", "resume_reading"]
+    line.data_received(news(7, 8, 9))
+    line.close()
+    await asyncio.sleep(0)
+    assert heard[6:] == [b"7"], "those who hear it are told that they have missed some"
 
 
 async def test_a_subscription_the_server_refuses_is_none(own_server: Server, prefix: str) -> None:

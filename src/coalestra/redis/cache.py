@@ -14,6 +14,7 @@ The server decides what is stored (`scripts`), this module what is asked of it:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import re
@@ -410,8 +411,8 @@ class RedisCache:
             (key, _bytes(f"{mode}{_plain(min(age, _FOREVER))} {others.get(key, '')}"))
             for key, age in ages.items()
         )
-        calls = self._calls(wanted, token, self._lease_ms, _plain(now))
-        moment, answers = await self._run(scripts.READ, calls)
+        shared = token, self._lease_ms, _plain(now)
+        moment, answers = await self._run(scripts.READ, await self._calls(wanted), *shared)
         found: dict[ResourceKey, _Entry] = {}
         pace = Pace()
         _all(answers, "the shared cache could not be read")
@@ -420,28 +421,31 @@ class RedisCache:
             found[key] = await self._entry(key, told, moment, now)
         return found
 
-    def _calls(self, items: Iterable[tuple[Any, ...]], *shared: Any) -> list[Call]:
+    async def _calls(self, items: Iterable[tuple[Any, ...]]) -> list[Call]:
         """Return the calls of a script for keys, each for as many as it may work on.
 
-        An item is a key and what the script is given for it, after what is ``shared``.
+        An item is a key and what the script is given for it.
         """
-        return [
-            Call(
-                [scripts.name_of(self._prefix, key) for key, *_ in part],
-                [*shared, *(each for _, *own in part for each in own)],
-            )
-            for part in self._portions(items)
-        ]
+        calls, pace = list[Call](), Pace()
+        for part in self._portions(items):
+            names = [scripts.name_of(self._prefix, key) for key, *_ in part]
+            calls.append(Call(names, [each for _, *own in part for each in own]))
+            await pace.keep()
+        return calls
+
+    async def _told(self, script: str, items: Iterable[tuple[Any, ...]], *shared: Any) -> list[Any]:
+        """Run a script for keys, and return one answer for each call of it."""
+        return await self._server.run(script, await self._calls(items), *shared)
 
     def _portions(self, items: Iterable[_T]) -> Iterator[tuple[_T, ...]]:
         left = iter(items)
         while part := tuple(islice(left, 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP)):
             yield part
 
-    async def _run(self, script: str, calls: list[Call]) -> tuple[float, list[Any]]:
+    async def _run(self, script: str, calls: list[Call], *shared: Any) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
         sent = time.time()
-        answers = await self._server.run(script, calls)
+        answers = await self._server.run(script, calls, *shared)
         answered = time.time()
         moment, found = 0.0, []
         for call, answer in zip(calls, answers, strict=True):
@@ -542,7 +546,7 @@ class RedisCache:
         now = time.monotonic()
         held = [(lease.key, lease.token) for lease, until in self._leases.items() if now < until]
         if held:
-            self._behind(self._server.run(scripts.RENEW, self._calls(held, self._lease_ms)))
+            self._behind(self._told(scripts.RENEW, held, self._lease_ms))
 
     async def fulfil_many(
         self, values: Mapping[Lease, Value], *, policies: Policies, replace_equal: bool = False
@@ -578,15 +582,13 @@ class RedisCache:
     async def release_many(self, leases: Collection[Lease], *, failed: bool = False) -> None:
         """Give back leases without a value; see `LeasingCache.release_many`."""
         letter = scripts.FAILED if failed else scripts.RELEASED
-        held = ((lease.key, lease.token, lease.key.canonical) for lease in leases)
-        calls = self._calls(held, self._channel, letter)
-        for lease in leases:
+        given = tuple(leases)
+        for lease in given:
             self._leases.pop(lease, None)
-        if calls:
-            try:
-                await self._server.run(scripts.RELEASE, calls)
-            except CoalestraError:
-                return  # they end by themselves
+        if given:
+            held = ((lease.key, lease.token, lease.key.canonical) for lease in given)
+            with contextlib.suppress(CoalestraError):  # they end by themselves
+                await self._told(scripts.RELEASE, held, self._channel, letter)
 
     # Writing ----------------------------------------------------------------------------------
 
@@ -719,13 +721,14 @@ class RedisCache:
         And the versions of what cannot be read, and has stayed nevertheless.
         """
         versions = [value.version for value in offered.values()]
-        calls = self._calls(items.items(), self._channel, _plain(self._server.latest))
+        calls = await self._calls(items.items())
         # Who writes knows what he wrote, unless he does not know whether he did.
         self._own.update(dict.fromkeys(versions))
         while len(self._own) > _MOST_OWN:
             self._own.popitem(last=False)
         try:
-            moment, answers = await self._run(scripts.WRITE, calls)
+            shared = self._channel, _plain(self._server.latest)
+            moment, answers = await self._run(scripts.WRITE, calls, *shared)
         except BaseException:
             for version in versions:
                 self._own.pop(version, None)
@@ -763,11 +766,11 @@ class RedisCache:
         When this returns, everybody who hears the news of the server can have heard of it.
         """
         await self._open()
-        if not keys:
-            return
-        calls = self._calls(((key, key.canonical) for key in keys), self._channel)
-        if sum(_all(await self._server.run(scripts.INVALIDATE, calls), "not invalidated")):
-            await self._server.barrier()
+        if every := tuple(keys):
+            told = ((key, key.canonical) for key in every)
+            answers = await self._told(scripts.INVALIDATE, told, self._channel)
+            if sum(_all(answers, "not invalidated")):
+                await self._server.barrier()
 
     async def clear(self) -> None:
         """Remove everything under its prefix, whoever stored it."""

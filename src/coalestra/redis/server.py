@@ -13,7 +13,8 @@ Laws of news, which come on a connection that redis-py opens, so that address, a
 encryption are the client's, and are read within the event loop's own step, not through a task:
 
 1. ``heard`` is called for each message in order, ``missed`` before the first one and after the last
-   one of a connection, as between two connections messages may be missing.
+   one of a connection, as between two connections messages may be missing. Of very many some are
+   heard in each turn of the loop.
 2. A connection that is silent for longer than two heartbeats is given up.
 3. `catch_up` takes in what has arrived on this machine; if it returns True there is nothing more.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import select
 import socket
@@ -38,6 +40,7 @@ from redis.backoff import NoBackoff
 from redis.client import NEVER_DECODE
 
 from coalestra._endings import look_after
+from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
 from coalestra.redis.scripts import whole
 from coalestra.resilience import Circuit, CircuitBreakerPolicy, CircuitState, Outcome
@@ -107,9 +110,12 @@ class Server:
         """How far the server's clock is ahead of this machine's; None before the first answer."""
         return None if self._offset is None else self._offset[0]
 
-    async def run(self, script: str, calls: Sequence[Call]) -> list[Any]:
-        """Run a script for each call, in one round trip; return the answers, errors among them."""
-        return cast(list[Any], await self._limited(self._send(script, calls)))
+    async def run(self, script: str, calls: Sequence[Call], *shared: Any) -> list[Any]:
+        """Run a script for each call, in one round trip; return the answers, errors among them.
+
+        Before its own arguments each call is given those that are ``shared``.
+        """
+        return cast(list[Any], await self._limited(self._send(script, calls, shared)))
 
     async def barrier(self) -> None:
         """Return when the server has sent out all news of what it did before.
@@ -158,11 +164,11 @@ class Server:
         offset, error, _ = self._offset
         return time.time() + offset + error + self.time_limit_seconds
 
-    async def _send(self, script: str, calls: Sequence[Call]) -> list[Any]:
+    async def _send(self, script: str, calls: Sequence[Call], shared: tuple[Any, ...]) -> list[Any]:
         text, digest = whole(script)
         for left in reversed(range(_CLOSED_CONNECTIONS)):
             try:
-                answers = await self._pipelined("EVALSHA", digest, calls)
+                answers = await self._pipelined("EVALSHA", digest, calls, shared)
                 break
             except exceptions.ConnectionError as error:
                 if not left or isinstance(error, exceptions.AuthenticationError):
@@ -171,17 +177,17 @@ class Server:
         if any(unknown):
             # A server that is new, or was started again: nothing has been run yet.
             again = list(compress(calls, unknown))
-            more = iter(await self._pipelined("EVAL", text, again))
+            more = iter(await self._pipelined("EVAL", text, again, shared))
             answers = [
                 next(more) if isinstance(each, exceptions.NoScriptError) else each
                 for each in answers
             ]
         return answers
 
-    async def _pipelined(self, command: str, script: str, calls: Sequence[Call]) -> list[Any]:
-        commands = [
-            (command, script, len(call.names), *call.names, *call.arguments) for call in calls
-        ]
+    async def _pipelined(
+        self, command: str, script: str, calls: Sequence[Call], shared: tuple[Any, ...]
+    ) -> list[Any]:
+        commands = [(command, script, len(names), *names, *shared, *own) for names, own in calls]
         if len(commands) == 1:
             try:
                 return [await self.client.execute_command(*commands[0], **_BYTES)]
@@ -309,6 +315,7 @@ class _Line(asyncio.Protocol):
         self._writer: Any = None
         self._poll: Any = None
         self._direct = False
+        self._behind = False
 
     def take_over(self, writer: Any) -> None:
         """Receive what the writer's connection brings from now on, and subscribe."""
@@ -327,21 +334,39 @@ class _Line(asyncio.Protocol):
         transport.write(b"*2\r\n$9\r\nSUBSCRIBE\r\n$" + size + b"\r\n" + self._channel + b"\r\n")
 
     def data_received(self, data: bytes) -> None:
-        """Pass on every message that is complete."""
-        self.quiet = False
+        """Pass on messages, for a while in each turn of the loop."""
         self._data += data
-        start = 0
-        while True:
+        if not self._behind:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        if self.lost.done():
+            return
+        more = self._pass_on(time.perf_counter() + SLICE_SECONDS)
+        if more:
+            asyncio.get_running_loop().call_soon(self._go_on)
+        if more is not self._behind:
+            self._behind, transport = more, self._transport
+            (transport.pause_reading if more else transport.resume_reading)()
+
+    def _pass_on(self, until: float = math.inf) -> bool:
+        """Pass on every message that is complete, until then; return whether there may be more."""
+        self.quiet = False
+        start, more = 0, True
+        while more:
             reply, start = parsed(self._data, start)
             if reply is Incomplete:
-                break
-            if isinstance(reply, list) and reply[0] == b"message":
+                more = False
+            elif isinstance(reply, list) and reply[0] == b"message":
                 self._heard(reply[2])
             elif not self.subscribed.done():
                 if not isinstance(reply, list):
                     self.refusal = reply.decode(errors="replace")
                 self.subscribed.set_result(None)
+            if time.perf_counter() >= until:
+                break
         del self._data[:start]
+        return more
 
     def connection_lost(self, error: Exception | None) -> None:
         """Learn that this was all."""
@@ -365,6 +390,8 @@ class _Line(asyncio.Protocol):
     def catch_up(self) -> bool:
         """Take in all that has arrived; return False if there may be more than could be read."""
         poll = self._poll
+        if self._data:
+            self._pass_on()
         if poll is None:
             return not self.lost.done()
         while poll.poll(0):
@@ -379,7 +406,8 @@ class _Line(asyncio.Protocol):
                 return False
             if not data:
                 return False
-            self.data_received(data)
+            self._data += data
+            self._pass_on()
         return not self._data  # the rest of a message may be on its way
 
 
