@@ -284,6 +284,36 @@ async def test_what_can_be_copied_no_longer_costs_a_build_no_other_value(
     assert (await building.build(wanted)).value(K) == payload
 
 
+@pytest.mark.parametrize("where", ["payload", "metadata"])
+@pytest.mark.parametrize("number", [1, 2, 1_100])
+async def test_what_says_no_to_its_next_copy_costs_a_build_no_other_value(
+    where: str, number: int
+) -> None:
+    broken: list[str] = []
+
+    class Moody:
+        def __deepcopy__(self, memo: Any) -> Moody:
+            if broken:
+                raise LookupError(broken[0])
+            return Moody()
+
+    async def fetch(asked: ResourceKey, context: Any) -> SourcePayload[Any]:
+        if asked.subject:
+            return SourcePayload(1)
+        own = {"own": Moody()}
+        return SourcePayload(own) if where == "payload" else SourcePayload(1, metadata=own)
+
+    keys = [K, *(key("k", str(each)) for each in range(1, number))]
+    building = builder(Single("k", fetch=fetch))
+    for _ in range(2):
+        assert (await building.build(keys)).complete
+    broken.append("not today")
+    for _ in range(2):
+        snapshot = await building.build(keys, strict=False)
+        assert list(snapshot) == keys[1:]
+        assert isinstance(snapshot.errors[K], PayloadIsolationError)
+
+
 @pytest.mark.parametrize("by", ["payload", "copier"])
 async def test_what_cannot_be_copied_fails_alone_and_its_error_leads_to_the_line(by: str) -> None:
     def culprit(value: Any, *_: Any) -> Any:
