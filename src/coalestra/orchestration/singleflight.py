@@ -1393,23 +1393,18 @@ class SingleFlight:
     # News: what the cache tells of other writers ------------------------------------------------
 
     def revised(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
-        """Learn what is current now; what a flight has written is no news."""
-        if self.board.busy:
-            changes = {key: new for key, new in changes.items() if not self._is_own(key, new)}
-        if changes:
-            self._forget_absent(changes)
-            self.refresher.outdate(changes)
-            if self._store is None:
-                self.reads.hide(changes)
-            news = changes.items()
-            self._note_news((key, None if new is None else new.version) for key, new in news)
+        """Learn what is current now; of what a flight has written nobody tells."""
+        for key, revision in changes.items() if self.board.busy else ():
+            self._tell_flights(key, revision)
+        self._forget_absent(changes)
+        self.refresher.outdate(changes)
+        if self._store is None:
+            self.reads.hide(changes)
+        news = changes.items()
+        self._note_news((key, None if new is None else new.version) for key, new in news)
 
-    def _is_own(self, key: ResourceKey, revision: Revision | None) -> bool:
-        """Tell the flights of a key of a change; return whether it is none, but one's own value."""
-        flights = self.board.under_way(key)
-        if revision is not None and any(each.offered is revision for each in flights):
-            return True
-        for flight in flights:
+    def _tell_flights(self, key: ResourceKey, revision: Revision | None) -> None:
+        for flight in self.board.under_way(key):
             if revision is not None and revision.dependency_versions:
                 continue  # news of its inputs is told by themselves
             if revision is None or not flight.has_begun:
@@ -1417,7 +1412,6 @@ class SingleFlight:
             else:
                 flight.event = revision
                 self.board.hide(flight, cacheable=True)
-        return False
 
     def announced(self, keys: Collection[ResourceKey]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
