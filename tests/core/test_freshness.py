@@ -114,6 +114,10 @@ class TestObservations:
         )
         assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
+    def test_milliseconds_are_told_for_what_they_are(self) -> None:
+        with pytest.raises(FutureObservation, match="; give seconds since the epoch, not millis"):
+            judge_observation(NOW * 1000, NOW, self.POLICY)
+
     def test_one_further_ahead_is_accepted_if_the_policy_rejects_none(self) -> None:
         policy = ObservationPolicy(0.0, reject_future_observations=False)
         assert judge_observation(NOW + 60.0, NOW, policy) == 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_an_optional_mapping_that_is_missing_becomes_an_empty_one() -> None:
         ),
         (lambda: number("delay", 0, above=0), "delay must be a finite number above 0, got 0"),
         (lambda: span("ttl", "1"), "ttl must be a number of at least 0, got '1' of type str"),
+        (
+            lambda: span("ttl", timedelta(minutes=1)),
+            "ttl must be a number of at least 0, got datetime.timedelta(seconds=60) of type "
+            "timedelta; give its total_seconds()",
+        ),
+        (
+            lambda: number("at", datetime(2026, 1, 1)),
+            "at must be a finite number, got datetime.datetime(2026, 1, 1, 0, 0) of type "
+            "datetime; give its timestamp()",
+        ),
         (
             lambda: integer("limit", True, minimum=1),
             "limit must be an integer of at least 1, got True of type bool",

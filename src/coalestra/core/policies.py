@@ -201,9 +201,12 @@ def judge_observation(observed_at: float, now: float, policy: ObservationPolicy)
         return 0.0
     tolerance = policy.future_tolerance_seconds
     if policy.reject_future_observations and observed_at > now + tolerance:
+        remedy = "compare the clocks, or raise future_tolerance_seconds"
+        if observed_at > 100 * now > 0:
+            remedy = "give seconds since the epoch, not milliseconds"
         raise FutureObservation(
             f"observed_at must be at most {tolerance:g} s ahead of the clock, got "
-            f"{observed_at - now:g} s ahead; compare the clocks, or raise future_tolerance_seconds"
+            f"{observed_at - now:g} s ahead; {remedy}"
         )
     return observed_at - now
 

@@ -99,9 +99,8 @@ def number(
     if value is None and optional:
         return value
     given: Any = value
-    real = _is_real(given)
     if (
-        real
+        _is_real(given)
         and _is_finite(given)
         and (minimum is None or given >= minimum)
         and (above is None or given > above)
@@ -109,17 +108,22 @@ def number(
     ):
         return value
     rule = _ranged("a finite number", minimum, above, maximum, optional)
-    raise ValueError(refusal(name, rule, value)) if real else wrong_type(name, rule, value)
+    raise _no_number(name, rule, value)
+
+
+def _no_number(name: str, rule: str, value: object) -> Exception:
+    if _is_real(value):
+        return ValueError(refusal(name, rule, value))
+    told = [each for each in ("total_seconds", "timestamp") if hasattr(type(value), each)]
+    return wrong_type(name, rule, value, f"give its {told[0]}()" if told else "")
 
 
 def span(name: str, value: T) -> T:
     """Return a length of time that is not negative but may be infinite."""
     given: Any = value
-    real = _is_real(given)
-    if real and (given == math.inf or (_is_finite(given) and given >= 0)):
+    if _is_real(given) and (given == math.inf or (_is_finite(given) and given >= 0)):
         return value
-    rule = "a number of at least 0"
-    raise ValueError(refusal(name, rule, value)) if real else wrong_type(name, rule, value)
+    raise _no_number(name, "a number of at least 0", value)
 
 
 def integer(name: str, value: T, *, minimum: int | None = None, optional: bool = False) -> T:
