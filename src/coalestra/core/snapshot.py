@@ -26,6 +26,9 @@ from coalestra.core.values import SnapshotValue
 __all__ = ["FetchContext", "Snapshot", "SnapshotDiagnostics"]
 
 
+_BY_SOURCE = ("source_calls_by_source", "source_latency_ms_by_source")
+
+
 @dataclass(frozen=True)
 class SnapshotDiagnostics:
     """How a snapshot came about: the counts of its own build or session, not of the builder.
@@ -78,7 +81,7 @@ class SnapshotDiagnostics:
     source_latency_ms_by_source: Mapping[str, float] = field(default_factory=FrozenDict)
 
     def __post_init__(self) -> None:
-        for name in ("source_calls_by_source", "source_latency_ms_by_source"):
+        for name in _BY_SOURCE:
             object.__setattr__(self, name, frozen(getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,9 +109,8 @@ class DiagnosticsRecorder:
     def counted(self, **facts: Any) -> dict[str, Any]:
         """Return what has been counted so far, and more ``facts``, by name."""
         counted = {**vars(self), **facts}
-        for name in ("source_calls_by_source", "source_latency_ms_by_source"):
-            counts = counted[name]
-            counted[name] = FrozenDict(counts) if counts else EMPTY
+        for name in _BY_SOURCE:
+            counted[name] = counted[name].copy()
         return counted
 
 
@@ -326,6 +328,7 @@ def _diagnosed(
         "stale_values": stale,
         "observation_skew_ms": skew * 1000,
     }
+    facts.update((name, frozen(facts[name])) for name in _BY_SOURCE)
     return filled(SnapshotDiagnostics, facts)
 
 

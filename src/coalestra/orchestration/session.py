@@ -683,11 +683,13 @@ class SnapshotSession:
                 raise ValueError(
                     f"keys must be resolved in this session, got {key.display}; resolve it first"
                 )
-        request = SnapshotRequest(
-            required=named,
-            consistency_policy=consistency_policy,
-            acceptance_policy=acceptance_policy,
-        )
+        request = None
+        if consistency_policy is not None or acceptance_policy is not None:
+            request = SnapshotRequest(
+                required=named,
+                consistency_policy=consistency_policy,
+                acceptance_policy=acceptance_policy,
+            )
         loop = self._unit.engine.enter()
         if self._turn is None or self._turn.loop is not loop:
             self._turn = Turn(loop)  # whoever had the other one has ended with its loop
@@ -739,11 +741,12 @@ class Revalidation:
     """Replaces the pinned values of what is `named`, and all derived from them; used once.
 
     With `forced`, all of these are read from the sources, past the cache, and none may be stale.
+    The policies of a `request` must hold for the new values.
     """
 
     unit: UnitOfWork
     named: Mapping[ResourceKey, None]
-    request: SnapshotRequest
+    request: SnapshotRequest | None
     forced: bool
     strict: bool
     _affected: Mapping[ResourceKey, None] = field(default_factory=empty)
@@ -793,6 +796,9 @@ class Revalidation:
         the source may have; and it must not wait for that source.
         """
         deadline, call = self.unit.work.deadline, call_served()
+        if deadline is None and call is None:
+            await turn.acquire()
+            return EMPTY
         end = math.inf if deadline is None else deadline.loop_time
         now = asyncio.get_running_loop().time
         asked: dict[Stage, None] = {}
@@ -836,9 +842,11 @@ class Revalidation:
             values, uncopied = await self.unit.copies(shown, self.unit.work.deadline)
             if uncopied:
                 return await self._undelivered(uncopied)
-            errors = await self.unit.errors(each for each in failed if each.key not in self._next)
+            failed = [each for each in failed if each.key not in self._next]
+            errors = await self.unit.errors(failed) if failed else EMPTY
             snapshot = self.unit.assembled(values, errors)
-            accepted(snapshot, await objection(self.unit.engine.parts, self.request, snapshot))
+            if self.request is not None:
+                accepted(snapshot, await objection(self.unit.engine.parts, self.request, snapshot))
             visible = self._visible(snapshot)
             if await self._goes_with_all():
                 self._commit()
