@@ -71,7 +71,7 @@ async def test_cancelling_a_build_at_any_await_leaves_nothing_behind(make: Make)
             await no_leaks(shop.builder)
             await shop.builder.aclose()
 
-    assert await cancel_at_every_await(work, check) > 3
+    assert await cancel_at_every_await(work, check) > 2
 
 
 # Capabilities are used

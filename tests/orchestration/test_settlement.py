@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import pytest
@@ -38,10 +39,21 @@ from coalestra.concurrency import pace
 from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
 from coalestra.orchestration.calls import Call
-from coalestra.orchestration.singleflight import SingleFlight
+from coalestra.orchestration.flights import FlightBoard
+from coalestra.orchestration.singleflight import Agenda, SingleFlight
 from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, tuned
-from tests.support import Gate, ThreadGate, VirtualLoop, begun, drop, no_leaks, run_virtual, settle
+from tests.support import (
+    Gate,
+    LoopClock,
+    ThreadGate,
+    VirtualLoop,
+    begun,
+    drop,
+    no_leaks,
+    run_virtual,
+    settle,
+)
 from tests.support.running import without_collector
 
 pytestmark = pytest.mark.concurrency
@@ -348,6 +360,91 @@ def test_an_interrupt_in_a_step_of_the_library_reaches_the_program_and_nobody_wa
         loop.run_until_complete(building.aclose())
     finally:
         loop.close()
+
+
+def interrupted_within(functions: set[CodeType], at: int, work: Callable[[], object]) -> int:
+    """Do some work, interrupted at the `at`-th place within some functions where Python may be.
+
+    That is as it calls another one, and as that returns. Return how many such places there were.
+    """
+    places = 0
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        nonlocal places
+        caller = frame.f_back
+        ours = frame if event.startswith("c_") else caller
+        if event != "c_call" and ours is not None and ours.f_code in functions:
+            places += 1
+            if places == at:
+                raise KeyboardInterrupt
+
+    sys.setprofile(profile)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            work()
+    finally:
+        sys.setprofile(None)
+    return places
+
+
+@pytest.mark.parametrize(
+    "struck",
+    [FlightBoard.start, FlightBoard.land, FlightBoard.take_off, Call._deliver],
+    ids=lambda each: str(each.__name__),
+)
+def test_an_interrupt_at_any_place_leaves_no_key_that_nobody_acquires(struck: FunctionType) -> None:
+    keys = [key("single"), key("several", "a"), key("several", "b"), key("derived")]
+
+    def world(at: int) -> int:
+        derived = Derived("derived", needs=lambda _: keys[:2])
+        building = builder(Single("single"), Batch("several"), derived, clock=LoopClock())
+        loop = VirtualLoop()
+        task = loop.create_task(building.build(keys, strict=False))
+
+        async def rest() -> None:
+            await asyncio.wait_for(task, 9)
+            for k in keys:
+                await asyncio.wait_for(building.build([k], strict=False), 9)
+            await building.aclose()
+
+        try:
+            places = interrupted_within(
+                {struck.__code__}, at, lambda: loop.run_until_complete(asyncio.wait([task]))
+            )
+            going = loop.create_task(rest())
+            while not going.done():
+                with contextlib.suppress(KeyboardInterrupt):  # as it reaches the program
+                    loop.run_until_complete(going)
+            going.result()
+        finally:
+            drop(loop)
+        return places
+
+    count = 1
+    while count <= world(count):
+        count += 1
+    assert count > 2
+
+
+def test_an_interrupt_as_a_turn_begins_takes_none_of_its_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    steps: list[str] = []
+    agenda, loop = Agenda(lambda _, error: steps.append(str(error))), VirtualLoop()
+    with monkeypatch.context() as patch:
+        patch.setattr(pace.Pace, "begin", lambda _: False)  # so that they are left to the next turn
+        patch.setattr(pace.Pace, "turn_over", interrupt)
+        for step in "ab":
+            loop.call_soon(agenda.add, steps.append, step)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(asyncio.sleep(1))
+    loop.call_soon(agenda.add, steps.append, "c")
+    loop.run_until_complete(asyncio.sleep(1))
+    assert steps == ["a", "b", "c"]
+    drop(loop)
 
 
 # Workers that are cancelled ----------------------------------------------------------------------

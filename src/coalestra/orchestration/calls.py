@@ -1527,13 +1527,13 @@ class Call:
 
     def _deliver(self, values: Iterable[Fresh], stored: Collection[Revision] | None) -> None:
         """Let flights have their values, of which the memory cache has those `stored`, or all."""
-        here = [each for each in values if each[0].call is self]
-        for flight, _ in here:
-            del self.flights[flight]
+        rest = here = [each for each in values if each[0].call is self]
         if stored:
             self.dispatch.delivered([each for each in here if each[1] in stored], True)
-            here = [each for each in here if each[1] not in stored]
-        self.dispatch.delivered(here, stored is None)
+            rest = [each for each in here if each[1] not in stored]
+        self.dispatch.delivered(rest, stored is None)
+        for flight, _ in here:  # by now: of what an interrupt has kept from them, `end` takes care
+            self.flights.pop(flight, None)
 
     def _said_of(
         self, key: ResourceKey, value: SourcePayload[Any]

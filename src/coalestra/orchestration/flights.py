@@ -710,6 +710,7 @@ class FlightBoard:
     def start(self, gather: Gather, flights: Collection[Flight]) -> None:
         """Put up new flights, and let `gather`, which brought them about, wait for them."""
         board, cutoff, alone = self.flights, gather.cutoff, gather.alone
+        gather.pending.update(dict.fromkeys(flights))  # first: whatever strikes, it leaves them
         for flight in flights:
             board[flight.key] = flight
             flight.joinable = True
@@ -718,7 +719,6 @@ class FlightBoard:
                 flight.wait(gather, joined=False)
             else:
                 flight.waiters = alone
-        gather.pending.update(dict.fromkeys(flights))
         if gather.urgent or gather.work.trace is not None:
             for flight in flights:
                 flight.urgent = gather.urgent
@@ -858,8 +858,8 @@ class FlightBoard:
         It removes only itself, never a successor under the same key.
         """
         if flight.joinable:
-            flight.joinable = False
             del self.flights[flight.key]
+            flight.joinable = False
             if not self.flights:
                 self.flights.clear()  # one that has held many keys would keep room for as many
         elif flight.key in self.aside:
@@ -880,13 +880,13 @@ class FlightBoard:
         flight.waiters = _NOBODY
         return waiters
 
-    def land(self, values: Iterable[Fresh], news: int) -> tuple[list[Fresh], list[Gather]]:
+    def land(self, values: Iterable[Fresh], news: int, complete: list[Gather]) -> list[Fresh]:
         """Hand stored values to whoever started their flights, where that is all there is to do.
 
-        `news` is how much has been told. Return those of which there is more to be said, and the
-        gathers that wait for nothing more.
+        `news` is how much has been told. Return those of which there is more to be said; the
+        gathers that wait for nothing more are then `complete`.
         """
-        board, others, complete = self.flights, [], []
+        board, others = self.flights, []
         for each in values:
             flight, revision = each
             if (
@@ -901,22 +901,24 @@ class FlightBoard:
             (gather,) = flight.waiters
             key, pending = flight.key, gather.pending
             reading = Reading(revision, flight.policy.ttl_seconds)
-            if flight.gather is not None:
-                flight.gather = None
-                del self.deriving[flight]
+            del board[key]
             flight.joinable = False
-            flight.phase, flight.settlement = _SETTLED, reading
-            flight.call, flight.waiters = None, _NOBODY
             if gather.forced:
                 gather.receive(key, reading, joined=False)
             else:
                 gather.readings[key] = reading
-            del board[key], pending[flight]
+            # Up to here an interrupt leaves it to be settled otherwise.
+            if flight.gather is not None:
+                flight.gather = None
+                del self.deriving[flight]
+            flight.phase, flight.settlement = _SETTLED, reading
+            flight.call, flight.waiters = None, _NOBODY
+            del pending[flight]
             if not pending:
                 complete.append(gather)
         if not board:
             board.clear()  # one that has held many keys would keep room for as many
-        return others, complete
+        return others
 
     def __repr__(self) -> str:
         return f"<FlightBoard flights={len(self.flights)} aside={len(self.aside)}>"

@@ -167,14 +167,14 @@ class Agenda:
         """Run steps until none is left or the slice of time is used up."""
         if self._running:
             return
-        self._running = True
         steps, pace = self._steps, self._pace
-        if self._handle is not None:  # the turn is another one, though an interrupt hid its end
-            self._handle.cancel()
-            self._handle = None
-            pace.turn_over()
         looks = _STEPS_BETWEEN_LOOKS
         try:
+            self._running = True
+            if self._handle is not None:  # the turn is another one, though an interrupt hid its end
+                self._handle.cancel()
+                self._handle = None
+                pace.turn_over()
             due = not pace.begin()
             while steps and not due:
                 step, subject, arguments = steps.popleft()
@@ -1031,10 +1031,11 @@ class SingleFlight:
         if stored and self.parts.report is None and not known_of:
             complete: list[Gather] = []
             try:
-                values, complete = self.board.land(values, self._news)
+                values = self.board.land(values, self._news, complete)
             except BaseException as error:
                 for flight, _ in values:
                     self.broken(flight, error)
+                values = ()
             self._each(self._check, complete)
         for flight, revision in values:
             self._each(self._take, (flight,), revision, stored)
