@@ -33,7 +33,7 @@ from coalestra.orchestration.singleflight import SingleFlight
 from coalestra.orchestration.tracing import CallLog
 from tests.contracts.caches import BatchAtomicCache, LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
-from tests.support import EPOCH, LoopClock, VirtualLoop, no_leaks, run_virtual, settle
+from tests.support import EPOCH, LoopClock, VirtualLoop, begun, no_leaks, run_virtual, settle
 
 BASES = [key("base", str(number)) for number in range(3)]
 KEYS = [*BASES, key("derived"), key("single"), key("late")]
@@ -246,6 +246,25 @@ async def test_an_error_of_the_engine_itself_ends_no_readers_in_waiting(
         again = await asyncio.wait_for(building.build(KEYS, strict=False), 50)
         assert len(again) == len(KEYS)
         await building.aclose()
+
+
+@pytest.mark.expects_leaks  # the fault is told to the loop
+@pytest.mark.parametrize("wrong, after", [("it does nothing", 5.25), ("it fails", 5.0)])
+async def test_a_deadline_ends_its_reader_whatever_the_engine_makes_of_it(
+    wrong: str, after: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strike(*_: Any) -> None:
+        if wrong == "it fails":
+            raise AssertionError("a fault of our own")
+
+    monkeypatch.setattr(SingleFlight, "strike", strike)
+    building, loop = builder(Single("b", fetch=latency(50))), asyncio.get_running_loop()
+    other = await begun(building.build([key("b")]))
+    began = loop.time()
+    snapshot = await building.build([key("b")], strict=False, deadline_seconds=5)
+    assert loop.time() - began == pytest.approx(after, abs=0.01)
+    assert list(snapshot.errors) == [key("b")]
+    assert (await other).complete
 
 
 @pytest.mark.expects_leaks  # the fault is told to the loop

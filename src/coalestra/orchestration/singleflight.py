@@ -587,7 +587,8 @@ class SingleFlight:
             return False
         key = flight.key
         forced = bool(gather.forced) and key in gather.forced
-        if forced and not _serves_forced(flight, gather):
+        same_errand = flight.forced and flight.sponsor is gather.work  # else it has to be read anew
+        if forced and flight.began and not same_errand:
             self.board.hide(flight, cacheable=False)
             self.refresher.outdate((key,))
             return False
@@ -1574,13 +1575,6 @@ class SingleFlight:
 
     def __repr__(self) -> str:
         return f"<SingleFlight flights={len(self.board.flights)} {self.dispatch!r}>"
-
-
-def _serves_forced(flight: Flight, gather: Gather) -> bool:
-    """Whether the value of a flight is sure to be read after this moment, or on the same errand."""
-    if flight.event is not None:
-        return False
-    return not flight.began or (flight.forced and flight.sponsor is gather.work)
 
 
 def _is_outdated(gather: Gather, read: Read, revision: Revision | None) -> bool:
