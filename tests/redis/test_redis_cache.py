@@ -555,9 +555,9 @@ async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
     async with caches(2, lease_seconds=1.0) as [one, other]:
         run = one._server.run
 
-        async def counted(script: Any, calls: Any, *shared: Any) -> Any:
+        async def counted(script: Any, calls: Any, *shared: Any, **terms: Any) -> Any:
             made.append(len(calls))
-            return await run(script, calls, *shared)
+            return await run(script, calls, *shared, **terms)
 
         monkeypatch.setattr(one._server, "run", counted)
         told = await leased(one, keys)

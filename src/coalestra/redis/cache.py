@@ -44,7 +44,14 @@ from coalestra.core.validation import integer, number, refusal, require_methods,
 from coalestra.core.values import CacheLookup, CacheWriteResult, CacheWriteStatus, SnapshotValue
 from coalestra.redis import codec, scripts
 from coalestra.redis.codec import MessagePackCodec, Model, UnstorableValueError, ValueCodec
-from coalestra.redis.server import Call, Client, News, Server, SharedCacheUnavailableError
+from coalestra.redis.server import (
+    Call,
+    Client,
+    News,
+    Server,
+    SharedCacheUnavailableError,
+    explained,
+)
 from coalestra.resilience import CircuitState
 
 Policies = Mapping[ResourceKey, FreshnessPolicy]
@@ -54,8 +61,9 @@ Value = SnapshotValue[Any]
 
 _FORM: Final = 1
 _encode = msgspec.msgpack.Encoder().encode
-_Stored = tuple[int, str, float, int, int, bytes, bytes, list[tuple[str, str]]]
-"""Form, source, latency in ms, attempts, rank, payload, metadata, and what it rests on."""
+_Stored = tuple[int | str, str, float, int, int, bytes, bytes, list[tuple[str, str]]]
+"""Form (its codec's name, if that is another), source, latency in ms, attempts, rank, payload,
+metadata, and what it rests on."""
 _decode = msgspec.msgpack.Decoder(_Stored).decode
 
 
@@ -184,13 +192,15 @@ class RedisCache:
         self._longest_ms = _milliseconds("max_lifetime_seconds", max_lifetime_seconds)
         self._codec: ValueCodec = MessagePackCodec(models) if codec is None else codec
         require_methods("codec", self._codec, "encode", "decode", plain=True)
+        kind = type(self._codec)
+        self._form = _FORM if kind is MessagePackCodec else qualified_type(self._codec)
         used = Redis.from_url(client) if isinstance(client, str) else client
         if not isinstance(used, (Redis, RedisCluster)):
             raise wrong_type(
                 "client", "a redis.asyncio.Redis or RedisCluster", client, "or give a redis:// URL"
             )
         limit = number("time_limit_seconds", time_limit_seconds, above=0)
-        self._server = Server(used, limit)
+        self._server = Server(used, limit, self._demoted)
         self.timeout_seconds: float = max(1.0, 4 * limit)
         self._news = News(used, self._channel, self._heard, self._missed)
         self._made_by = os.getpid()
@@ -264,6 +274,7 @@ class RedisCache:
             self._asking.clear()
             self._leases.clear()
             self._tasks.clear()
+            self._server.begin()
             self._renewal = None
         self._loop = loop
 
@@ -322,6 +333,9 @@ class RedisCache:
         if letter in (scripts.STORED, scripts.INVALIDATED) and version not in self._own:
             for listener in tuple(self._listeners):
                 listener.changed(key, version or None)
+
+    def _demoted(self) -> None:
+        self._news.leave()
 
     def _missed(self) -> None:
         for key, group in self._asking.items():
@@ -444,18 +458,14 @@ class RedisCache:
 
     async def _run(self, script: str, calls: list[Call], *shared: Any) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
-        sent = time.time()
-        answers = await self._server.run(script, calls, *shared)
-        answered = time.time()
         moment, found = 0.0, []
+        answers = await self._server.run(script, calls, *shared, timed=True)
         for call, answer in zip(calls, answers, strict=True):
             if isinstance(answer, Exception):
                 found += [answer] * len(call.names)
             else:
                 moment = float(answer[0])
                 found += answer[1:]
-        if moment:
-            self._server.note_clock(moment, sent, answered)
         return moment, found
 
     async def _entry(self, key: ResourceKey, told: bytes, moment: float, now: float) -> _Entry:
@@ -472,8 +482,8 @@ class RedisCache:
                 if len(data) > self._most_bytes:
                     raise codec.UnreadableEntryError("it is larger than it may be")
                 form, source, latency, attempts, rank, payload, metadata, below = _decode(data)
-                if form != _FORM:
-                    raise codec.UnreadableEntryError(f"it has form {form}, and not {_FORM}")
+                if form != self._form:
+                    raise codec.UnreadableEntryError(f"it has form {form}, and not {self._form}")
                 decode, run = self._codec.decode, threads_of_context().run
                 if len(payload) <= _MOST_READ_HERE:
                     content = decode(payload)
@@ -680,7 +690,7 @@ class RedisCache:
         known, reason = (value.source, value.latency_ms, value.attempts, value.authority_rank), ""
         try:
             version = value.version.encode()
-            data = _encode((_FORM, *known, payload, metadata, rests_on))
+            data = _encode((self._form, *known, payload, metadata, rests_on))
         except UnicodeEncodeError:
             reason = "its source or a version has half a surrogate pair, which no encoding has"
         except OverflowError:
@@ -727,8 +737,7 @@ class RedisCache:
         while len(self._own) > _MOST_OWN:
             self._own.popitem(last=False)
         try:
-            shared = self._channel, _plain(self._server.latest)
-            moment, answers = await self._run(scripts.WRITE, calls, *shared)
+            moment, answers = await self._run(scripts.WRITE, calls, self._channel)
         except BaseException:
             for version in versions:
                 self._own.pop(version, None)
@@ -739,7 +748,9 @@ class RedisCache:
             await pace.keep()
             value = offered[key]
             if isinstance(told, Exception):
-                error = SharedCacheUnavailableError(f"{key.display} was not stored: {told}")
+                error = SharedCacheUnavailableError(
+                    f"{key.display} was not stored: {explained(told)}"
+                )
                 error.__cause__ = told
                 results[key] = error
                 continue
@@ -892,7 +903,7 @@ def _all(answers: list[Any], failed: str) -> list[Any]:
     """Return answers; raises if there is an error among them."""
     for answer in answers:
         if isinstance(answer, Exception):
-            raise SharedCacheUnavailableError(f"{failed}: {answer}") from answer
+            raise SharedCacheUnavailableError(f"{failed}: {explained(answer)}") from answer
     return answers
 
 

@@ -23,9 +23,11 @@ Laws:
 3. Who stores with a token that is no longer the lease of the key stores nothing, unless what he has
    is dated, and newer than what is there.
 4. A value that is stored without a lease (a publication), and an invalidation, remove the lease.
-5. Every change is told on the channel of its prefix within the same step.
+5. Every change is told on the channel of its prefix within the same step, and told first: who may
+   not tell changes nothing.
 6. An entry whose numbers are none counts as missing, for its key alone.
-7. A value that arrives after its time limit is not stored: its key may have been invalidated since.
+7. What arrives after its time limit is neither stored, as its key may have been invalidated since,
+   nor granted a lease, which would reach nobody.
 """
 
 from __future__ import annotations
@@ -130,6 +132,10 @@ local function fields(key, ...)
   end
   return got, damaged
 end
+local replica = {err = 'READONLY this server is a read only replica'}
+local function refused(done)
+  return type(done) == 'table' and done.err:find('READONLY', 1, true)
+end
 local function entry(first, second, o, t, u, v, d)
   if not d then return first .. ' ' .. second .. ' - - - 0 ' end
   return table.concat({first, second, o, t, u == '1' and '1' or '0', #v, v .. d}, ' ')
@@ -137,15 +143,16 @@ end
 """
 
 READ: Final = """
--- ARGV: token, lease in ms, the reader's time; then for each key: mode, age still of use, a
--- space, and the version that is of no use. Modes: 'g' get, 'l' lease unless of use, 'f' lease in
--- any case. Answers the server's time, then an entry for each key, after h(it), l(eased), w(ait)
--- or m(iss) and for how many ms the lease of another one lasts; '!' marks one that is damaged.
-local now = clock()
-local reader, lasting = tonumber(ARGV[3]), tonumber(ARGV[2])
+-- ARGV: until when leases are given, token, lease in ms, the reader's time; then for each key:
+-- mode, age still of use, a space, and the version that is of no use. Modes: 'g' get, 'l' lease
+-- unless of use, 'f' lease in any case. Answers the server's time, then an entry for each key,
+-- after h(it), l(eased), w(ait) or m(iss) and for how many ms the lease of another one lasts; '!'
+-- marks one that is damaged. A replica answers nothing, as it may know less than its primary.
+local now, token = clock(), ARGV[2]
+local late, lasting, reader = now > tonumber(ARGV[1]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local answers = {text(now)}
 for i, key in ipairs(KEYS) do
-  local mode, age, unlike = ARGV[3 + i]:match('^(.)(%S+) (.*)$')
+  local mode, age, unlike = ARGV[4 + i]:match('^(.)(%S+) (.*)$')
   local got, damaged = fields(key, 'd', 'v', 'o', 't', 'u', 'l', 'x')
   local d, v, o, t, u, l, x = unpack(got)
   local state, left = 'm', 0
@@ -153,12 +160,12 @@ for i, key in ipairs(KEYS) do
     local since = (u == '1') and now or reader
     if since - tonumber(o) <= tonumber(age) then state = 'h' end
   end
-  if mode ~= 'g' and state == 'm' then
-    if l and l ~= ARGV[1] and mode ~= 'f' and tonumber(x) > now * 1000 then
+  if mode ~= 'g' and state == 'm' and not late then
+    if l and l ~= token and mode ~= 'f' and tonumber(x) > now * 1000 then
       state = 'w'
       left = math.ceil(tonumber(x) - now * 1000)
     else
-      local done = redis.pcall('HSET', key, 'l', ARGV[1], 'x', text(now * 1000 + lasting))
+      local done = redis.pcall('HSET', key, 'l', token, 'x', text(now * 1000 + lasting))
       if type(done) == 'number' then
         local ttl = redis.call('PTTL', key)
         if (ttl < 0 and not d) or (ttl >= 0 and ttl < lasting) then
@@ -170,18 +177,20 @@ for i, key in ipairs(KEYS) do
   end
   answers[#answers + 1] = entry(damaged and state .. '!' or state, left, o, t, u, v, d)
 end
+-- Of nothing, and last, as the first write of a script is what a full server refuses.
+if refused(redis.pcall('HDEL', KEYS[1], '-')) then return replica end
 return answers
 """
 
 WRITE: Final = """
--- ARGV: channel, until when anything is stored, then for each key: token, flags, rank, time of
+-- ARGV: until when anything is stored, channel, then for each key: token, flags, rank, time of
 -- observation, attempts, latency and lifetime in ms, three lengths and a line's end, then the
 -- version that gives way, the version, the key and the value. Flags: f(orce), e(qual ones are
 -- replaced), u(ndated), p(revious is wanted), s(tale already, so that the next one need not try in
 -- vain as well); '-' is none.
 -- Answers the server's time, then for each key what came of it, how many were told, and the entry
 -- that is there or was there; or an error.
-local channel, latest, now = ARGV[1], tonumber(ARGV[2]), clock()
+local latest, channel, now = tonumber(ARGV[1]), ARGV[2], clock()
 
 local function write(key, item)
   if now > latest then return {err = 'LATE nobody waits for it any more'} end
@@ -205,11 +214,8 @@ local function write(key, item)
     end
     observed, when = text(now), text(began)
   end
-  local status = 'stored'
-  if d and v == version then
-    return entry('stored', 0)
-  end
-  if d and not forced and not (holds and over ~= '' and over == v) then
+  local status, again = 'stored', d and v == version  -- of which a part may have been refused
+  if d and not again and not forced and not (holds and over ~= '' and over == v) then
     local mine, theirs = tonumber(rank), tonumber(r)
     if mine < theirs then status = 'ignored_lower_authority'
     elseif mine == theirs then
@@ -218,7 +224,7 @@ local function write(key, item)
       elseif later == 0 and not flags:find('e', 1, true) then status = 'ignored_duplicate' end
     end
   end
-  if not holds and (undated or not d or status ~= 'stored') then
+  if not holds and not again and (undated or not d or status ~= 'stored') then
     return entry('ignored_older', 0, o, t, u, v, d)
   end
   if status ~= 'stored' then
@@ -228,21 +234,25 @@ local function write(key, item)
     end
     return entry(status, 0, o, t, u, v, d)
   end
-  local value = item:sub(stop + a + b + c + 1)
-  local done = redis.pcall('HSET', key, 'd', value, 'v', version, 'r', rank, 'o', observed,
-    'w', when, 't', text(now), 'u', undated and '1' or '0')
-  if type(done) ~= 'number' then return done end
-  redis.call('HDEL', key, 'l', 'x')
-  redis.call('PEXPIRE', key, lifetime)
   if stale then tell(channel, 'f', version, identity) end
   local told = tell(channel, 's', version, identity)
-  if flags:find('p', 1, true) then return entry('stored', told, o, t, u, v, d) end
+  if not again then
+    local value = item:sub(stop + a + b + c + 1)
+    local done = redis.pcall('HSET', key, 'd', value, 'v', version, 'r', rank, 'o', observed,
+      'w', when, 't', text(now), 'u', undated and '1' or '0')
+    if type(done) ~= 'number' then return done end
+  end
+  if holds or not again then redis.call('HDEL', key, 'l', 'x') end
+  redis.call('PEXPIRE', key, lifetime)
+  if flags:find('p', 1, true) and not again then return entry('stored', told, o, t, u, v, d) end
   return entry('stored', told)
 end
 
 local answers = {text(now)}
 for i, key in ipairs(KEYS) do
-  answers[#answers + 1] = write(key, ARGV[i + 2])
+  local came = write(key, ARGV[i + 2])
+  if refused(came) then return replica end
+  answers[#answers + 1] = came
 end
 return answers
 """
@@ -251,8 +261,8 @@ INVALIDATE: Final = """
 -- ARGV: channel, then each key's text. Answers how many were told.
 local told = 0
 for i, key in ipairs(KEYS) do
-  redis.call('DEL', key)
   told = told + tell(ARGV[1], 'i', '', ARGV[i + 1])
+  redis.call('DEL', key)
 end
 return told
 """

@@ -2,10 +2,11 @@
 
 Laws of calls:
 
-1. A call takes no longer than the time limit, whatever the server, the network or the client does.
+1. A call takes no longer than the time limit, whatever the server, the network or the client does,
+   from its turn on: a burst waits for as many connections as there may be.
 2. After a few failures in a row calls are refused at once; one probe at a time finds out whether
    the server is back.
-3. What fails raises `SharedCacheUnavailableError`, or what the server answered.
+3. What fails raises `SharedCacheUnavailableError`; what a script is refused is among its answers.
 4. A connection that turns out to be closed, as all are after a restart of the server, gives
    way to another one: every script may run twice.
 
@@ -25,39 +26,55 @@ import asyncio
 import contextlib
 import math
 import os
+import re
 import select
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from itertools import compress, count
-from typing import Any, Final, NamedTuple, cast
+from itertools import compress, count, islice
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from redis import exceptions
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.client import NEVER_DECODE
 
 from coalestra._endings import look_after
+from coalestra.concurrency.capacity import CapacityLimiter
 from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
 from coalestra.redis.scripts import whole
 from coalestra.resilience import Circuit, CircuitBreakerPolicy, CircuitState, Outcome
 
 Client = Redis | RedisCluster
+_T = TypeVar("_T")
 
 _UNREACHABLE: Final = (
     exceptions.ConnectionError,
     exceptions.TimeoutError,
     exceptions.ClusterDownError,
     exceptions.RedisClusterException,
+    exceptions.ReadOnlyError,
     OSError,
 )
+_REMEDIES: Final = {
+    "NOPERM|permission|user executing the script can't": "allow the client's user what "
+    "docs/how-to/share-between-processes.md lists",
+    "(?i)read.?only": "connect to the primary, by its address or through Sentinel",
+    "maxmemory": "raise it, or set maxmemory-policy to allkeys-lru or volatile-ttl",
+    "Too many connections": "raise max_connections of the client, or give it a "
+    "BlockingConnectionPool",
+    "unknown command": "the server must be Redis 7 or Valkey 7.2 or later, with no command renamed",
+}
 _CIRCUIT: Final = CircuitBreakerPolicy(failure_threshold=3, recovery_timeout_seconds=1.0)
 _BYTES: Final[dict[str, Any]] = {NEVER_DECODE: True}
 _MEASUREMENT_HOLDS_SECONDS: Final = 60.0
 _CLOSED_CONNECTIONS: Final = 3
+_MOST_CALLS: Final = 32
+"""More connections at once would only keep each other waiting."""
 _SCAN_SECONDS: Final = 30.0
 _LAST_LOOK: Final = 0.2
 """The part of the time limit that is there to look at the answer only."""
@@ -85,16 +102,27 @@ class Call(NamedTuple):
 class Server:
     """One server, or cluster of servers, as one client of redis-py reaches it."""
 
-    def __init__(self, client: Client, time_limit_seconds: float) -> None:
+    def __init__(
+        self, client: Client, time_limit_seconds: float, demoted: Callable[[], None]
+    ) -> None:
         self.client: Client = client
+        self._demoted = demoted
         self.is_cluster: bool = isinstance(client, RedisCluster)
         self.time_limit_seconds: float = time_limit_seconds
         self.counts: dict[str, int] = dict.fromkeys(("calls", "failures", "timeouts", "refused"), 0)
         self.last_error: str | None = None
         self._circuit = Circuit()
         self._turns = count(1).__next__
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._offset: tuple[float, float, float] | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Let go of the calls under way, as those of an event loop that has ended."""
+        client: Any = self.client
+        settings = client.connection_kwargs if self.is_cluster else vars(client.connection_pool)
+        most = settings.get("max_connections", _MOST_CALLS)
+        self._turn_of_call = CapacityLimiter(min(most, _MOST_CALLS))
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
         failures, calls = self.counts["failures"], self.counts["calls"]
@@ -110,12 +138,21 @@ class Server:
         """How far the server's clock is ahead of this machine's; None before the first answer."""
         return None if self._offset is None else self._offset[0]
 
-    async def run(self, script: str, calls: Sequence[Call], *shared: Any) -> list[Any]:
+    async def run(
+        self, script: str, calls: Sequence[Call], *shared: Any, timed: bool = False
+    ) -> list[Any]:
         """Run a script for each call, in one round trip; return the answers, errors among them.
 
-        Before its own arguments each call is given those that are ``shared``.
+        Before its own arguments each call is given those that are ``shared``. One that is ``timed``
+        is told before these until when it is waited for, and answers first with its time, both by
+        the server's clock.
         """
-        return cast(list[Any], await self._limited(self._send(script, calls, shared)))
+        send = self._send_timed if timed else self._send
+        answers = await self._limited(lambda: send(script, calls, shared))
+        for each in answers:
+            if isinstance(each, Exception):
+                self.last_error = explained(each)
+        return cast(list[Any], answers)
 
     async def barrier(self) -> None:
         """Return when the server has sent out all news of what it did before.
@@ -124,7 +161,7 @@ class Server:
         to this server has such news in his own machine when the answer is here.
         """
         if not self.is_cluster:
-            await self._limited(self.client.execute_command("PING"))
+            await self.command("PING")
 
     async def names_of(self, pattern: str) -> list[str]:
         """Return every name that matches, on every server; has a while for that."""
@@ -134,13 +171,13 @@ class Server:
             found = client.scan_iter(match=pattern, count=500)
             return [name.decode() if isinstance(name, bytes) else name async for name in found]
 
-        return cast(list[str], await self._limited(scanned(), _SCAN_SECONDS))
+        return cast(list[str], await self._limited(scanned, _SCAN_SECONDS))
 
     async def command(self, *arguments: Any) -> Any:
         """Run one command."""
-        return await self._limited(self.client.execute_command(*arguments, **_BYTES))
+        return await self._limited(lambda: self.client.execute_command(*arguments, **_BYTES))
 
-    def note_clock(self, server_time: float, sent: float, answered: float) -> None:
+    def _note_clock(self, server_time: float, sent: float, answered: float) -> None:
         """Learn from an answer how far the clocks are apart.
 
         The quickest answer tells best, until one shows that a clock has been set since.
@@ -152,17 +189,28 @@ class Server:
         if error <= known_error or is_old or abs(offset - known) > error + known_error:
             self._offset = offset, error, now
 
-    @property
-    def latest(self) -> float:
-        """Until when, by the server's clock, it may do what is sent to it now.
+    def _latest(self) -> str:
+        """Return until when, by the server's clock, anybody waits for what is sent to it now.
 
-        After that nobody waits for it, and what has been done since must not be undone. The servers
-        of a cluster may each have a clock of their own.
+        What has been done since must not be undone. The servers of a cluster may each have a clock
+        of their own.
         """
         if self._offset is None or self.is_cluster:
-            return 1e300  # which every server can read
+            return "1e300"  # which every server can read
         offset, error, _ = self._offset
-        return time.time() + offset + error + self.time_limit_seconds
+        return repr(time.time() + offset + error + self.time_limit_seconds)
+
+    async def _send_timed(
+        self, script: str, calls: Sequence[Call], shared: tuple[Any, ...]
+    ) -> list[Any]:
+        sent = time.time()
+        answers = await self._send(script, calls, (self._latest(), *shared))
+        answered = time.time()
+        for each in answers:
+            if not isinstance(each, Exception):
+                self._note_clock(float(each[0]), sent, answered)
+                break
+        return answers
 
     async def _send(self, script: str, calls: Sequence[Call], shared: tuple[Any, ...]) -> list[Any]:
         text, digest = whole(script)
@@ -182,6 +230,11 @@ class Server:
                 next(more) if isinstance(each, exceptions.NoScriptError) else each
                 for each in answers
             ]
+        client: Any = self.client
+        if not self.is_cluster and any(isinstance(e, exceptions.ReadOnlyError) for e in answers):
+            # Its name may by now be that of another server, to which a new connection leads.
+            await client.connection_pool.disconnect(inuse_connections=False)
+            self._demoted()
         return answers
 
     async def _pipelined(
@@ -199,11 +252,14 @@ class Server:
             pipeline.execute_command(*each, **_BYTES)
         return cast(list[Any], await pipeline.execute(raise_on_error=False))
 
-    async def _limited(self, call: Coroutine[Any, Any, Any], seconds: float | None = None) -> Any:
+    async def _limited(
+        self, call: Callable[[], Coroutine[Any, Any, Any]], seconds: float | None = None
+    ) -> Any:
         """Await a call to the server by the rules at the head of this module."""
-        circuit = self._circuit
+        circuit, turns = self._circuit, self._turn_of_call
+        await turns.acquire()
         if circuit.refuses(time.monotonic()):
-            call.close()
+            turns.release()
             self.counts["refused"] += 1
             raise SharedCacheLeftAloneError(
                 f"the server of the shared cache is left alone for a moment: {self.last_error}"
@@ -212,25 +268,27 @@ class Server:
         turn, outcome = circuit.turn, Outcome.ABANDONED
         self.counts["calls"] += 1
         try:
-            answer = await self._answer(call, seconds or self.time_limit_seconds)
+            # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
+            task = asyncio.ensure_future(call())
+            look_after(task, self._tasks)  # what it raises is raised where it is waited for
+            task.add_done_callback(lambda _: turns.release())
+            answer = await self._answer(task, seconds or self.time_limit_seconds)
             outcome = Outcome.SUCCESS
         except SharedCacheUnavailableError as error:
             outcome = Outcome.FAILURE
             self.counts["failures"] += 1
             self.last_error = str(error)
             raise
-        except exceptions.RedisError:
+        except exceptions.RedisError as error:
             outcome = Outcome.SUCCESS  # an answer, if not the one that was hoped for
-            raise
+            self.last_error = f"the server of the shared cache refuses: {explained(error)}"
+            raise SharedCacheUnavailableError(self.last_error) from error
         finally:
             if circuit.turn == turn:
                 circuit.report(outcome, time.monotonic(), self._turns(), _CIRCUIT)
         return answer
 
-    async def _answer(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
-        # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
-        task = asyncio.ensure_future(call)
-        look_after(task, self._tasks)  # what it raises is raised where it is waited for, if it is
+    async def _answer(self, task: asyncio.Future[Any], seconds: float) -> Any:
         try:
             # A loop that was busy for so long gets time to look at what has arrived meanwhile.
             for share in (1 - _LAST_LOOK, _LAST_LOOK):
@@ -262,8 +320,15 @@ class Server:
 
 
 def _out_of_reach(error: BaseException) -> SharedCacheUnavailableError:
-    text = f"{type(error).__name__}: {message_of(error)}"
+    text = f"{type(error).__name__}: {explained(error)}"
     return SharedCacheUnavailableError(f"the server of the shared cache is out of reach: {text}")
+
+
+def explained(error: BaseException) -> str:
+    """Return what an error says, and what is to be done if that is known."""
+    text = message_of(error)
+    remedies = (remedy for sign, remedy in _REMEDIES.items() if re.search(sign, text))
+    return "; ".join((text, *islice(remedies, 1)))
 
 
 _HEARTBEAT_SECONDS: Final = 0.5
@@ -308,6 +373,7 @@ class _Line(asyncio.Protocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.refusal: str | None = None
         self.quiet: bool = False
+        self.address: tuple[str, int] = ("", 0)
         self._heard = heard
         self._channel = channel
         self._data = bytearray()
@@ -434,7 +500,7 @@ class News:
         return f"<News {'connected' if self.connected else 'cut off'}, lost {self.lost} times>"
 
     async def start(self, patience_seconds: float) -> None:
-        """Begin, and wait for the first subscription, but not for longer than that in all."""
+        """Begin, and wait for the first attempt, but not for longer than that in all."""
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._first = loop.create_future()
@@ -443,6 +509,11 @@ class News:
         patience = self._patient_until - loop.time()
         if self._first is not None and not self._first.done() and patience > 0:
             await asyncio.wait({self._first}, timeout=patience)
+
+    def leave(self) -> None:
+        """Give up this connection for a new one."""
+        if self._line is not None:
+            self._line.close()
 
     async def close(self) -> None:
         """End the subscription."""
@@ -464,36 +535,43 @@ class News:
                 await self._listen()
                 failed = 0
             except Exception as error:
-                self.last_error = f"{type(error).__name__}: {message_of(error)}"
+                self.last_error = f"{type(error).__name__}: {explained(error)}"
                 failed += 1
+                self._settle_first()
             finally:
                 self._end_line()
             await asyncio.sleep(_PAUSES[min(failed, len(_PAUSES) - 1)])
 
     async def _listen(self) -> None:
         line = self._line = _Line(self.channel.encode(), self.heard)
-        opening = asyncio.ensure_future(self._open(line))
-        try:
-            done, _ = await asyncio.wait({opening}, timeout=_CONNECT_SECONDS)
-        finally:
-            opening.cancel()
-            await asyncio.wait({opening})
-        if not done:
-            raise TimeoutError(f"no subscription within {_CONNECT_SECONDS:g} s")
-        opening.result()
+        await _within(_CONNECT_SECONDS, self._open(line), "no subscription")
         self.connected = True
         self.missed()
-        if self._first is not None and not self._first.done():
-            self._first.set_result(None)
+        self._settle_first()
         while not line.lost.done():
             await asyncio.wait({line.lost}, timeout=_HEARTBEAT_SECONDS)
             if not line.lost.done() and not line.ping():
                 raise TimeoutError(f"silent for {2 * _HEARTBEAT_SECONDS:g} s")
+            if await self._is_elsewhere(line):
+                raise ConnectionError("Sentinel names another server as the primary")
+
+    async def _is_elsewhere(self, line: _Line) -> bool:
+        """Whether the primary is another server by now, while the former one is still there."""
+        pool = getattr(self.client, "connection_pool", None)
+        if not isinstance(pool, SentinelConnectionPool):
+            return False
+        try:  # where idle connections to another one are let go
+            asking: Any = pool.get_master_address()  # type: ignore[no-untyped-call]  # theirs
+            address = await _within(_HEARTBEAT_SECONDS, asking, "no sentinel")
+        except Exception:  # nobody knows
+            return False
+        return bool(pool.is_master and address != line.address)
 
     async def _open(self, line: _Line) -> None:
         connection = await _connection_of(self.client)
         try:
             await connection.connect()
+            line.address = (getattr(connection, "host", ""), getattr(connection, "port", 0))
             line.take_over(connection.hand_over())
         except BaseException:
             await connection.disconnect(nowait=True)
@@ -504,6 +582,10 @@ class News:
         if line.refusal is not None:
             raise ConnectionError(f"the server refused the subscription: {line.refusal}")
 
+    def _settle_first(self) -> None:
+        if self._first is not None and not self._first.done():
+            self._first.set_result(None)
+
     def _end_line(self) -> None:
         line, self._line = self._line, None
         if line is not None:
@@ -512,6 +594,19 @@ class News:
             self.connected = False
             self.lost += self._task is not None
             self.missed()
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, _T], missing: str) -> _T:
+    """Return what comes of `work`; raises TimeoutError about what is `missing` after a while."""
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    if not done:
+        raise TimeoutError(f"{missing} within {seconds:g} s")
+    return task.result()
 
 
 class _HandedOver:
