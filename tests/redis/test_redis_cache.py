@@ -46,7 +46,7 @@ from coalestra.redis import (
     UnstorableValueError,
 )
 from coalestra.redis.codec import is_large
-from coalestra.redis.scripts import name_of
+from coalestra.redis.scripts import key_of, name_of
 from tests.redis.servers import Server
 from tests.redis.stock import (
     PATIENT_SECONDS,
@@ -569,6 +569,23 @@ async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
         await one.release_many(held)
         assert (await waiting)[keys[0]].lease is not None
         assert max(made) == 10
+
+
+async def test_news_of_ones_own_that_nobody_waits_for_take_no_time(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[str] = []
+
+    def unpack(canonical: str) -> ResourceKey:
+        unpacked.append(canonical)
+        return key_of(canonical)
+
+    monkeypatch.setattr("coalestra.redis.scripts.key_of", unpack)
+    async with caches(2) as [one, other]:
+        await asyncio.gather(read(one), read(other))
+        await one.set(value_of(A))
+        await until(lambda: one.caught_up() and other.caught_up())
+        assert unpacked == [A.canonical], "by the other one"
 
 
 # Fences ---------------------------------------------------------------------------------------

@@ -54,4 +54,4 @@ def test_a_long_key_has_a_short_name_of_its_own() -> None:
 def test_a_message_says_what_was_put_into_it(key: ResourceKey, version: str) -> None:
     size = len(version.encode())
     data = b"s%03d" % size + version.encode() + key.canonical.encode()
-    assert scripts.message_of(data) == (scripts.STORED, version, key)
+    assert scripts.message_of(data) == (scripts.STORED, version, key.canonical)

@@ -322,10 +322,13 @@ class RedisCache:
 
     def _heard(self, data: bytes) -> None:
         try:
-            letter, version, key = scripts.message_of(data)
+            letter, version, canonical = scripts.message_of(data)
+            if version in self._own and not self._asking:
+                return
+            key = scripts.key_of(canonical) if canonical else None
         except Exception:  # from a version of the library that says more
-            letter, version, key = scripts.CLEARED, "", None
-        if key is None:
+            key = None
+        if key is None:  # all have changed
             self._missed()
             return
         for question in self._asking.get(key, ()):

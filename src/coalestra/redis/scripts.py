@@ -84,15 +84,14 @@ CLEARED: Final = b"c"
 """Every key was invalidated."""
 
 
-def message_of(data: bytes) -> tuple[bytes, str, ResourceKey | None]:
-    """Return what a message says: what happened, the version that is there now, and which key.
+def message_of(data: bytes) -> tuple[bytes, str, str]:
+    """Return what a message says: what happened, the version that is there now, and a key's text.
 
-    It is a letter, the length of the version, the version, and the text of the key. Raises
-    ValueError if it is none.
+    It is a letter, the length of the version, the version, and the text. Raises ValueError if it is
+    none.
     """
     size = int(data[1:4])
-    version, canonical = data[4 : 4 + size].decode(), data[4 + size :].decode()
-    return data[:1], version, key_of(canonical) if canonical else None
+    return data[:1], data[4 : 4 + size].decode(), data[4 + size :].decode()
 
 
 @cache

@@ -376,6 +376,8 @@ class _Line(asyncio.Protocol):
         self.address: tuple[str, int] = ("", 0)
         self._heard = heard
         self._channel = channel
+        head = rb"\*3\r\n\$7\r\nmessage\r\n\$%d\r\n%b\r\n\$(\d+)\r\n"
+        self._message = re.compile(head % (len(channel), re.escape(channel))).match
         self._data = bytearray()
         self._transport: Any = None
         self._writer: Any = None
@@ -418,17 +420,21 @@ class _Line(asyncio.Protocol):
     def _pass_on(self, until: float = math.inf) -> bool:
         """Pass on every message that is complete, until then; return whether there may be more."""
         self.quiet = False
-        start, more = 0, True
+        data, start, more = self._data, 0, True
         while more:
-            reply, start = parsed(self._data, start)
-            if reply is Incomplete:
-                more = False
-            elif isinstance(reply, list) and reply[0] == b"message":
-                self._heard(reply[2])
-            elif not self.subscribed.done():
-                if not isinstance(reply, list):
-                    self.refusal = reply.decode(errors="replace")
-                self.subscribed.set_result(None)
+            if head := self._message(data, start):  # nearly all are messages
+                end = head.end() + int(head[1])
+                more = len(data) >= end + 2
+                if more:
+                    start = end + 2
+                    self._heard(bytes(data[head.end() : end]))
+            else:
+                reply, start = parsed(data, start)
+                more = reply is not Incomplete
+                if more and not self.subscribed.done():
+                    if not isinstance(reply, list):
+                        self.refusal = reply.decode(errors="replace")
+                    self.subscribed.set_result(None)
             if time.perf_counter() >= until:
                 break
         del self._data[:start]
