@@ -605,6 +605,33 @@ async def test_a_newer_derived_value_in_a_shared_store_tells_what_it_rests_on(ki
     assert told == theirs.dependency_versions != {}
 
 
+async def test_what_is_read_while_several_publish_waits_for_each_that_had_begun() -> None:
+    at_source = Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> str:
+        await at_source.pass_()
+        return "fetched"
+
+    cache, at_cache = hanging(BatchAtomicCache, "set_many_if_newer", patience=60.0)
+    building = builder(Single("k", fetch=fetch), cache=cache)
+    reading = await begun(building.build([key("k")]), at_source)
+    publish = building.publisher.publish
+    events = [await begun(publish(key("k"), name, source="s")) for name in ("first", "second")]
+    at_source.open()
+    await settle()
+    later = await begun(publish(key("k"), "third", source="s"))
+    for number, event in enumerate(events, 1):
+        await at_cache.wait_arrived(number)
+        assert not reading.done()
+        at_cache.let_through()
+        await event
+        await settle()
+    assert reading.done()
+    assert (await reading).value(key("k")) == "second"
+    at_cache.open()
+    await later
+
+
 # Invalidations that take their time ---------------------------------------------------------------
 
 
