@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, TypeAlias, cast
@@ -56,7 +56,20 @@ class Invocation:
                 raise
         if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
             return result
-        return await self._awaited(result, asked)
+        task = asyncio.current_task()
+        try:
+            return await result
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                # Before Python 3.11 a task does not say who asked, so there the caller must judge.
+                own = asked is not None and _requests_to_cancel() == asked
+            elif isinstance(error, GeneratorExit):
+                own = running_task() is task  # or else the coroutine is being closed
+            else:
+                own = True
+            if own:
+                self._check(error)
+            raise
 
     def answer_now(self, *arguments: Any) -> Any:
         """Return the result of a callable that has to be plain; an awaitable is a `TypeError`."""
@@ -69,22 +82,6 @@ class Invocation:
             _discard(result)
             raise TypeError(f"{self.role} must be a plain function, got one that is async")
         return result
-
-    async def _awaited(self, awaitable: Awaitable[Any], asked: int | None) -> Any:
-        task = asyncio.current_task()
-        try:
-            return await awaitable
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                # Before Python 3.11 a task does not say who asked, so there the caller must judge.
-                own = asked is not None and _requests_to_cancel() == asked
-            elif isinstance(error, GeneratorExit):
-                own = running_task() is task  # or else the coroutine is being closed
-            else:
-                own = True
-            if own:
-                self._check(error)
-            raise
 
     async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
         ended: list[tuple[Any, BaseException | None]] = []
@@ -264,6 +261,8 @@ class CallableBatchSource(CallableAdapter):
     ) -> Mapping[ResourceKey, SourcePayload[Any]]:
         """Return what the fetcher returns for `keys`, every value as a payload."""
         result = await self._invocation.call(keys, context)
+        if type(result) is dict and _PAYLOADS_ONLY.issuperset(map(type, result.values())):
+            return result.copy()
         if not isinstance(result, Mapping):  # which the builder refuses
             return cast("Mapping[ResourceKey, SourcePayload[Any]]", result)
         return await _as_payloads(result, len(keys) + 1)
@@ -277,8 +276,6 @@ async def _as_payloads(
     values: Mapping[ResourceKey, Any], most: int
 ) -> dict[ResourceKey, SourcePayload[Any]]:
     """Return values as payloads, so many at `most`: among one more than asked for, one is odd."""
-    if type(values) is dict and _PAYLOADS_ONLY.issuperset(map(type, values.values())):
-        return values.copy()
     payloads: dict[ResourceKey, SourcePayload[Any]] = {}
     pace = Pace()
     # The function may keep its mapping and change it while others run in between.
