@@ -41,31 +41,50 @@ SINGLE = dict.fromkeys(("get", "set", "invalidate", "clear"), print)
 BATCH = dict.fromkeys(("get_many", "set_many", "invalidate_many"), print)
 
 
-@pytest.mark.parametrize(
-    "protocol, members",
-    [
-        (SourceBase, SOURCE),
-        (SnapshotSource, {**SOURCE, "fetch": print}),
-        (BatchSnapshotSource, {**SOURCE, "fetch_many": print}),
-        (DerivedSource, {**SOURCE, "dependencies": print, "derive": print}),
-        (BatchSizedSource, {"max_batch_size": 5}),
-        (ConcurrencyLimitedSource, {"max_concurrency": 5}),
-        (ResilienceConfiguredSource, {"resilience_policy": None}),
-        (
-            BlockingSourceTimeoutConfigured,
-            {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0},
-        ),
-        (AtomicAsyncCache, {**SINGLE, "set_if_newer": print}),
-        (BatchAsyncCache, BATCH),
-        (BatchAtomicAsyncCache, {**BATCH, "set_many_if_newer": print}),
-        (AuthorityAwareCache, {"validates_source_authority": True}),
-    ],
-)
+MEMBERS: list[tuple[Any, dict[str, Any]]] = [
+    (SourceBase, SOURCE),
+    (SnapshotSource, {**SOURCE, "fetch": print}),
+    (BatchSnapshotSource, {**SOURCE, "fetch_many": print}),
+    (DerivedSource, {**SOURCE, "dependencies": print, "derive": print}),
+    (BatchSizedSource, {"max_batch_size": 5}),
+    (ConcurrencyLimitedSource, {"max_concurrency": 5}),
+    (ResilienceConfiguredSource, {"resilience_policy": None}),
+    (
+        BlockingSourceTimeoutConfigured,
+        {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0},
+    ),
+    (AtomicAsyncCache, {**SINGLE, "set_if_newer": print}),
+    (BatchAsyncCache, BATCH),
+    (BatchAtomicAsyncCache, {**BATCH, "set_many_if_newer": print}),
+    (AuthorityAwareCache, {"validates_source_authority": True}),
+]
+
+
+@pytest.mark.parametrize("protocol, members", MEMBERS)
 def test_an_object_is_what_it_has_all_the_members_of(protocol: Any, members: Any) -> None:
     assert isinstance(SimpleNamespace(**members), protocol)
     for missing in members:
         rest = {name: value for name, value in members.items() if name != missing}
         assert not isinstance(SimpleNamespace(**rest), protocol)
+
+
+@pytest.mark.parametrize("protocol, members", MEMBERS)
+def test_a_class_that_derives_from_a_protocol_sets_what_it_declares(
+    protocol: Any, members: dict[str, Any]
+) -> None:
+    """When it is made, by itself or as a dataclass, which takes nothing for a default."""
+    kind: Any = type("Own", (protocol,), {})
+    own = kind()
+    for name, value in members.items():
+        setattr(own, name, value)
+    assert {name: getattr(own, name) for name in members} == members
+    declared = [(name, Any) for name, value in members.items() if not callable(value)]
+    record = dataclasses.make_dataclass("Record", declared, bases=(protocol,))
+    assert [each.default for each in dataclasses.fields(record)] == [
+        dataclasses.MISSING for _ in declared
+    ]
+    made = record(*(members[name] for name, _ in declared))
+    assert isinstance(made, protocol)
 
 
 def test_every_name_the_core_exports_is_there_once_and_documented() -> None:

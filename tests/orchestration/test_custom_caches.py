@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from coalestra import FreshnessPolicy, ResourceKey, ResourceUpdate
+from coalestra import (
+    AtomicAsyncCache,
+    BatchAtomicAsyncCache,
+    FreshnessPolicy,
+    ResourceKey,
+    ResourceUpdate,
+)
+from coalestra import LeasingCache as LeasingCacheProtocol
 from coalestra.concurrency import pace
 from coalestra.orchestration import singleflight
 from tests.contracts.caches import (
@@ -83,8 +90,13 @@ class OrderlyCache(BatchAtomicCache):
     validates_write_order = True
 
 
+class ProtocolsOnly(SingleKeyCache, AtomicAsyncCache, BatchAtomicAsyncCache, LeasingCacheProtocol):
+    """Derives from protocols whose methods it does not have: there they do nothing."""
+
+
 @pytest.mark.parametrize("make, expected", [
-    (SingleKeyCache, {"get", "set"}), (BatchCache, {"get_many", "set_many"}),
+    (SingleKeyCache, {"get", "set"}), (ProtocolsOnly, {"get", "set"}),
+    (BatchCache, {"get_many", "set_many"}),
     (AtomicCache, {"get", "set_if_newer"}), (BatchAtomicCache, {"get_many", "set_many_if_newer"}),
     (OrderlyCache, {"get_many", "set_many_if_newer"}),
 ])  # fmt: skip

@@ -37,6 +37,7 @@ from coalestra import (
     SnapshotBuilder,
     SnapshotRequest,
     SnapshotRequirement,
+    SnapshotSource,
     SourceAuthorityPolicy,
     SourceResiliencePolicy,
     deepcopy_payload,
@@ -327,6 +328,23 @@ def test_what_is_no_source_is_shown_with_what_to_do(wrong: Any) -> None:
     rule = "each source must be an object with a name, got .* of type .*; wrap a function in"
     with pytest.raises(TypeError, match=rule):
         SnapshotBuilder([Single("s"), wrong])
+
+
+def test_what_a_source_leaves_to_the_protocol_that_it_derives_from_it_does_not_have() -> None:
+    """There it does nothing, and would give None for every key, or support none."""
+
+    class Idle(SnapshotSource):
+        name, priority, timeout_seconds, blocking_io = "idle", 1, None, False
+
+    with pytest.raises(TypeError, match=r"source 'idle' has no supports\(key\) method; add one"):
+        SnapshotBuilder([Idle()])  # type: ignore[abstract]  # that is the point
+
+    class Eager(Idle):
+        def supports(self, key: ResourceKey) -> bool:
+            return True
+
+    with pytest.raises(TypeError, match="source 'idle' offers none of fetch, fetch_many, or"):
+        SnapshotBuilder([Eager()])  # type: ignore[abstract]  # that is the point
 
 
 def test_the_repr_of_a_builder_names_its_sources_in_order() -> None:

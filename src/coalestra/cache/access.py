@@ -45,7 +45,7 @@ from coalestra.core import errors, validation
 from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, ObservationPolicy
-from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup
+from coalestra.core.protocols import AsyncCache, Lease, LeasedLookup, is_own
 from coalestra.core.validation import number
 from coalestra.core.values import (
     CacheLookup,
@@ -465,7 +465,7 @@ class CacheCalls:
 
 def has(cache: Any, *methods: str) -> bool:
     """Whether a cache has all of these methods."""
-    return all(callable(_said(cache, name)) for name in methods)
+    return all(is_own(_said(cache, name)) for name in methods)
 
 
 def _said(cache: Any, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -21,6 +21,8 @@ __all__ = [
     "OrderAwareCache", "PolicyAwareCache", "ResilienceConfiguredSource", "SnapshotSource", "Source",
     "SourceBase", "SystemClock", "TellingCache", "Tracer",
 ]  # fmt: skip
+
+P = TypeVar("P")
 
 
 @runtime_checkable
@@ -101,10 +103,28 @@ def checked(clock: Clock) -> Clock:
     return clock if type(clock) is SystemClock else CheckedClock(clock)
 
 
+def _settable(protocol: type[P]) -> type[P]:
+    """Have a protocol declare attributes where it has properties, which no instance can set.
+
+    To type checkers they stay properties, so that a narrower type will do.
+    """
+    for name, member in [*vars(protocol).items()]:
+        if isinstance(member, property):
+            delattr(protocol, name)
+            protocol.__annotations__[name] = cast(Any, member.fget).__annotations__["return"]
+    return protocol
+
+
+def is_own(method: object) -> bool:
+    """Whether this is a method, and not what a protocol leaves to those that derive from it."""
+    return callable(method) and getattr(method, "__module__", None) != __name__
+
+
 # Sources ------------------------------------------------------------------------------------------
 
 
 @runtime_checkable
+@_settable
 class SourceBase(Protocol):
     """What every source has."""
 
@@ -164,6 +184,7 @@ Source = SnapshotSource | BatchSnapshotSource | DerivedSource
 
 
 @runtime_checkable
+@_settable
 class BatchSizedSource(Protocol):
     """A source that takes only so many keys in one call."""
 
@@ -173,6 +194,7 @@ class BatchSizedSource(Protocol):
 
 
 @runtime_checkable
+@_settable
 class ConcurrencyLimitedSource(Protocol):
     """A source that takes only so many calls at a time."""
 
@@ -182,6 +204,7 @@ class ConcurrencyLimitedSource(Protocol):
 
 
 @runtime_checkable
+@_settable
 class ResilienceConfiguredSource(Protocol):
     """A source that brings its own rules for retries and circuits."""
 
@@ -191,6 +214,7 @@ class ResilienceConfiguredSource(Protocol):
 
 
 @runtime_checkable
+@_settable
 class BlockingSourceTimeoutConfigured(Protocol):
     """A source that declares whether it blocks a thread, and what ends that."""
 
@@ -275,6 +299,7 @@ class BatchAtomicAsyncCache(BatchAsyncCache, Protocol):
 
 
 @runtime_checkable
+@_settable
 class OrderAwareCache(Protocol):
     """A cache that says whether its comparing writes know the write order by themselves."""
 
@@ -284,6 +309,7 @@ class OrderAwareCache(Protocol):
 
 
 @runtime_checkable
+@_settable
 class PolicyAwareCache(Protocol):
     """A cache that wants to know the policy of what it stores, to let it expire, say.
 
@@ -297,6 +323,7 @@ class PolicyAwareCache(Protocol):
 
 
 @runtime_checkable
+@_settable
 class AuthorityAwareCache(Protocol):
     """A cache that says whether its writes compare authority."""
 

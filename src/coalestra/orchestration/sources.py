@@ -20,7 +20,7 @@ from coalestra.core.errors import (
 )
 from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
-from coalestra.core.protocols import Source
+from coalestra.core.protocols import Source, is_own
 from coalestra.core.snapshot import DiagnosticsRecorder
 from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
 from coalestra.resilience import SourceResiliencePolicy
@@ -146,7 +146,7 @@ def _limit_of(source: Any, name: str, setting: str) -> int | None:
 def kind_of(source: Any) -> SourceKind:
     """Return how a source is to be asked; `TypeError` if it cannot be asked at all."""
     for kind, methods in _METHODS.items():
-        if all(callable(getattr(source, method, None)) for method in methods):
+        if all(is_own(getattr(source, method, None)) for method in methods):
             return kind
     raise TypeError(
         f"source {getattr(source, 'name', source)!r} offers none of fetch, fetch_many, or "
@@ -301,7 +301,7 @@ def _checked(sources: Iterable[Source]) -> list[Any]:
             raise ValueError(f"source names must be unique, got {name!r} twice; rename one of them")
         names.add(name)
         integer(f"priority of source {name!r}", getattr(source, "priority", None))
-        if not callable(getattr(source, "supports", None)):
+        if not is_own(getattr(source, "supports", None)):
             raise TypeError(f"source {name!r} has no supports(key) method; add one")
         timeout = _seconds_of(source, name, "timeout_seconds")
         _seconds_of(source, name, "queue_timeout_seconds")
