@@ -297,6 +297,32 @@ async def test_what_is_derived_in_a_cut_is_so_once_and_kept(server: Server, pref
         assert gate.arrived == 1
 
 
+@pytest.mark.parametrize("channel", [b"c:#news", b"-:#news", b":1:#news"])
+async def test_news_are_heard_however_the_stream_is_cut(
+    channel: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bulk(*parts: bytes) -> bytes:
+        told = b"".join(b"$%d\r\n%b\r\n" % (len(each), each) for each in parts)
+        return b"*%d\r\n%b" % (len(parts), told)
+
+    confirmed = b"*3\r\n" + bulk(b"subscribe", channel)[4:] + b":1\r\n"
+    monkeypatch.setattr("coalestra.redis.server.SLICE_SECONDS", 60.0)
+    texts = [b"one", b"", b"\r\n*3\r\n$7\r\nmessage\r\n", b"last"]
+    stream = confirmed + b"".join(
+        bulk(b"message", channel, text) + bulk(b"pong", b"") for text in texts
+    )
+    for size in range(1, len(stream)):
+        heard: list[bytes] = []
+        line = _Line(channel, heard.append)
+        for start in range(0, len(stream), size):
+            line.data_received(stream[start : start + size])
+            assert line.subscribed.done() is (start + size >= len(confirmed))
+        assert (heard, line.refusal, line.catch_up()) == (texts, None, True)
+    refused = _Line(channel, heard.append)
+    refused.data_received(b"-NOPERM not you\r\n")
+    assert (refused.subscribed.done(), refused.refusal) == (True, "NOPERM not you")
+
+
 async def test_news_of_very_many_keys_are_heard_in_several_turns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -338,33 +338,6 @@ _MOST_AT_ONCE: Final = 1 << 18
 _PING: Final = b"*1\r\n$4\r\nPING\r\n"
 
 
-Incomplete: Final = object()
-
-
-def parsed(data: bytearray, start: int) -> tuple[Any, int]:
-    """Return the reply that begins at `start` and where it ends; `Incomplete` if it does not."""
-    end = data.find(b"\r\n", start)
-    if end < 0:
-        return Incomplete, start
-    kind, told, after = data[start : start + 1], bytes(data[start + 1 : end]), end + 2
-    if kind == b"$":
-        size = int(told)
-        if size < 0:
-            return None, after
-        if len(data) < after + size + 2:
-            return Incomplete, start
-        return bytes(data[after : after + size]), after + size + 2
-    if kind == b"*":
-        items = []
-        for _ in range(int(told)):
-            item, after = parsed(data, after)
-            if item is Incomplete:
-                return Incomplete, start
-            items.append(item)
-        return items, after
-    return (int(told) if kind == b":" else told), after
-
-
 class _Line(asyncio.Protocol):
     """One connection, from the subscription on; `refusal` is why there is none."""
 
@@ -376,8 +349,7 @@ class _Line(asyncio.Protocol):
         self.address: tuple[str, int] = ("", 0)
         self._heard = heard
         self._channel = channel
-        head = rb"\*3\r\n\$7\r\nmessage\r\n\$%d\r\n%b\r\n\$(\d+)\r\n"
-        self._message = re.compile(head % (len(channel), re.escape(channel))).match
+        self._head = b"*3\r\n$7\r\nmessage\r\n$%d\r\n%b\r\n$" % (len(channel), channel)
         self._data = bytearray()
         self._transport: Any = None
         self._writer: Any = None
@@ -398,8 +370,8 @@ class _Line(asyncio.Protocol):
             if found.family != getattr(socket, "AF_UNIX", None):
                 with contextlib.suppress(OSError):
                     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        size = str(len(self._channel)).encode()
-        transport.write(b"*2\r\n$9\r\nSUBSCRIBE\r\n$" + size + b"\r\n" + self._channel + b"\r\n")
+        channel = self._channel
+        transport.write(b"*2\r\n$9\r\nSUBSCRIBE\r\n$%d\r\n%b\r\n" % (len(channel), channel))
 
     def data_received(self, data: bytes) -> None:
         """Pass on messages, for a while in each turn of the loop."""
@@ -420,25 +392,33 @@ class _Line(asyncio.Protocol):
     def _pass_on(self, until: float = math.inf) -> bool:
         """Pass on every message that is complete, until then; return whether there may be more."""
         self.quiet = False
-        data, start, more = self._data, 0, True
+        data, head, start, more = self._data, self._head, 0, True
         while more:
-            if head := self._message(data, start):  # nearly all are messages
-                end = head.end() + int(head[1])
+            is_message = data.startswith(head, start)
+            first = start + len(head) if is_message else start
+            last = data.find(b"\r\n", first)
+            if last < 0 or (not is_message and head.startswith(data[start : start + len(head)])):
+                more = False
+            elif is_message:
+                end = last + 2 + int(data[first:last])
                 more = len(data) >= end + 2
                 if more:
                     start = end + 2
-                    self._heard(bytes(data[head.end() : end]))
+                    self._heard(bytes(data[last + 2 : end]))
             else:
-                reply, start = parsed(data, start)
-                more = reply is not Incomplete
-                if more and not self.subscribed.done():
-                    if not isinstance(reply, list):
-                        self.refusal = reply.decode(errors="replace")
-                    self.subscribed.set_result(None)
+                start = last + 2
+                self._answered(bytes(data[first:last]))
             if time.perf_counter() >= until:
                 break
         del self._data[:start]
         return more
+
+    def _answered(self, line: bytes) -> None:
+        """Look in a line that belongs to no message for the answer to the subscription."""
+        refused = line.startswith(b"-") and line != self._channel
+        if not self.subscribed.done() and (refused or re.fullmatch(rb":\d+", line)):
+            self.refusal = line[1:].decode(errors="replace") if refused else None
+            self.subscribed.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Learn that this was all."""
