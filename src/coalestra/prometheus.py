@@ -127,10 +127,7 @@ def _settle() -> None:
 class _Family:
     """One metric of the library as one of ``prometheus_client``, with a bound on its series."""
 
-    def __init__(
-        self, origin: str, metric: Counter | Histogram, labels: Labels, max_series: int
-    ) -> None:
-        self.origin = origin
+    def __init__(self, metric: Counter | Histogram, labels: Labels, max_series: int) -> None:
         self.metric = metric
         self.labels = {name: tuple(every.split()) for name, every in labels.items()}
         together = math.prod(len(every) or 1 for every in self.labels.values())
@@ -178,55 +175,40 @@ class _Families(Collector):
 
     def __init__(self, namespace: str, buckets: tuple[float, ...], max_series: int) -> None:
         self.settings = buckets, max_series
-        self._namespace = namespace
         self._families: dict[str, _Family] = {}
-        for metric in COUNTERS:
-            self.of(Counter, metric, ())
-        for metric in OBSERVATIONS:
-            self.of(Histogram, metric, ())
+        made: Counter | Histogram
+        for metric, (_, _, description, labels) in {**COUNTERS, **OBSERVATIONS}.items():
+            name = f"{metric[:-3]}_seconds" if metric.endswith("_ms") else metric
+            about = _about(name, description, labels, namespace)
+            if metric in COUNTERS:
+                made = Counter(**about)
+            else:
+                made = Histogram(**about, buckets=_SIZE_BUCKETS if name == metric else buckets)
+            self._families[metric] = _Family(made, labels, max_series)
 
-    def of(self, kind: type[Counter | Histogram], metric: str, labels: Iterable[str]) -> _Family:
-        """Return the family of a metric, made for these labels if the library does not know it."""
-        name = metric.removesuffix("_total")
-        if kind is Histogram and metric.endswith("_ms"):
-            name = metric.removesuffix("_ms") + "_seconds"
-        family = self._families.get(name)
-        if family is None:
-            family = self._families.setdefault(name, self._made(kind, name, metric, labels))
-        if family.origin != metric or not isinstance(family.metric, kind):
-            raise ValueError(
-                f"a metric must have a name of its own, got {metric!r} beside {family.origin!r} "
-                f"that is a {type(family.metric).__name__.lower()}"
-            )
+    def of(self, kind: type[Counter | Histogram], metric: str) -> _Family:
+        """Return the family of a metric; ValueError if the library has none of this kind."""
+        family = self._families.get(metric)
+        if family is None or not isinstance(family.metric, kind):
+            wanted = f"a {kind.__name__.lower()} of the library's"
+            raise ValueError(refusal("metric", wanted, metric))
         return family
-
-    def _made(
-        self, kind: type[Counter | Histogram], name: str, metric: str, given: Iterable[str]
-    ) -> _Family:
-        known = COUNTERS if kind is Counter else OBSERVATIONS
-        unknown = ("", "", metric, dict.fromkeys(given, ""))
-        _, _, description, labels = known.get(_plain("metric", metric), unknown)
-        about = _about(name, description, labels, self._namespace)
-        buckets, max_series = self.settings
-        if kind is Histogram:
-            about["buckets"] = buckets if name.endswith("_seconds") else _SIZE_BUCKETS
-        return _Family(metric, kind(**about), labels, max_series)
 
     def begin(self, builder: str) -> None:
         """Start at zero what has no label that an application chooses."""
         for metric, (*_, labels) in COUNTERS.items():
             if all(labels.values()):
-                self.of(Counter, metric, ()).begin(builder, {})
+                self._families[metric].begin(builder, {})
 
     def collect(self) -> Iterator[Metric]:
         """Return every series, with all that was reported before."""
         with _turn():
-            families = self._families.copy().values()
+            families = self._families.values()
             return iter([each for family in families for each in family.metric.collect()])
 
     def describe(self) -> Iterator[Metric]:
         """Return the metrics without series, for the registry to know their names."""
-        for family in self._families.copy().values():
+        for family in self._families.values():
             yield from family.metric.describe()
 
 
@@ -304,7 +286,7 @@ class PrometheusMetrics:
         elif series is not None:
             _report((series.inc, float(value)))
         else:
-            family = self._families.of(Counter, metric, labels)
+            family = self._families.of(Counter, metric)
             _report((self._take, family, metric, tuple(labels.items()), float(value)))
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
@@ -314,7 +296,7 @@ class PrometheusMetrics:
         if series is not None:
             _report((series.observe, value))
         else:
-            family = self._families.of(Histogram, metric, labels)
+            family = self._families.of(Histogram, metric)
             _report((self._take, family, metric, tuple(labels.items()), value))
 
     def _take(self, family: _Family, metric: str, pairs: Pairs, value: float) -> None:
