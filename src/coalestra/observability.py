@@ -295,8 +295,6 @@ class LoggingEventSink:
             logged.
     """
 
-    __slots__ = ("levels", "logger")
-
     def __init__(
         self,
         logger: logging.Logger | None = None,
@@ -405,8 +403,6 @@ class InMemoryMetrics:
     Safe from many threads, signal handlers, finalizers and forked children: nothing is locked, and
     no report is lost. Memory grows with the number of distinct label sets, not of calls.
     """
-
-    __slots__ = ("_counters", "_observations")
 
     coalestra_non_blocking = True
 

@@ -492,8 +492,6 @@ class SyncResourcePublisher:
     and where a call would wait on the loop's own thread, it raises a `RuntimeError`.
     """
 
-    __slots__ = ("_backlog", "_isolator", "_lanes", "_lifeline", "_publisher", "_thread")
-
     def __init__(
         self,
         publisher: ResourcePublisher,
@@ -737,8 +735,6 @@ class SyncSnapshotSession:
 
     Each method waits for its outcome; see `SnapshotSession` for what it means and raises.
     """
-
-    __slots__ = ("_lifeline", "_session", "_thread")
 
     def __init__(
         self, session: SnapshotSession, thread: LoopThread, lifeline: object = None

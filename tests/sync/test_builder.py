@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import pytest
 
@@ -19,6 +20,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.core.request import RequestOutcome, SnapshotRequest
 from coalestra.core.snapshot import FetchContext
+from coalestra.observability import InMemoryMetrics, LoggingEventSink
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.orchestration.session import SnapshotSession
 from coalestra.sync import (
@@ -389,3 +391,19 @@ def test_handed_over_work_can_be_cancelled_and_is_refused_after_closing(prices: 
         assert handed.cancel()
     with pytest.raises(BuilderClosedError):
         sync.submit(work)
+
+
+def test_what_an_application_tests_with_in_its_place_can_be_put_there(
+    sync: SyncSnapshotBuilder,
+) -> None:
+    """Methods of a builder, its facades and sinks can be replaced, as by ``mock.patch.object``."""
+    metrics, events = InMemoryMetrics(), LoggingEventSink()
+    building = builder(Prices(), metrics=metrics, events=events)
+    for whole, method in (
+        (sync, "build"), (sync.publisher, "submit_publish"), (sync.session(), "resolve"),
+        (building, "build"), (building.publisher, "publish"), (building.session(), "resolve"),
+        (building.cache, "get_many"), (metrics, "increment"), (events, "emit"),
+    ):  # fmt: skip
+        with patch.object(whole, method) as stand_in:
+            assert getattr(whole, method) is stand_in
+    assert sync.build([PRICE]).value(PRICE) == {"price": 1}
