@@ -319,9 +319,14 @@ async def test_aclose_goes_before_close_and_a_part_without_either_is_left_alone(
         async def close(self) -> None:
             calls.append("async close")
 
-    building = builder(Both("k"), Later("l"), Single("m"), manage_lifecycle=True)
+    class Plain(Single):
+        def aclose(self) -> None:
+            calls.append("plain aclose")
+
+    parts = Both("k"), Later("l"), Plain("p"), Single("m")
+    building = builder(*parts, manage_lifecycle=True)
     await building.aclose()
-    assert calls == ["aclose", "async close"]
+    assert calls == ["aclose", "async close", "plain aclose"]
 
 
 # From one event loop to the next

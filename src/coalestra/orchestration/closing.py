@@ -289,5 +289,7 @@ def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
     return (close, asyncio.iscoroutinefunction(close)) if callable(close) else (None, False)
 
 
-async def _awaited(close: Callable[[], Awaitable[Any]]) -> None:
-    await close()
+async def _awaited(close: Callable[[], Any]) -> None:
+    ended = close()
+    if hasattr(ended, "__await__"):
+        await ended
