@@ -396,7 +396,7 @@ class WarmReads:
         self._count(store, work, keys, revisions)
         common = policy_of_all(policies)
         ttl = None if common is None else common.ttl_seconds
-        return {revision.key: Reading(revision, ttl, from_cache=True) for revision in revisions}
+        return {revision.key: Reading(revision, ttl, True) for revision in revisions}
 
     def likely(self, keys: Iterable[ResourceKey]) -> bool:
         """Whether it is worth a try: not if the first key is missing, or copies may be slow."""

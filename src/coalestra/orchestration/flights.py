@@ -178,10 +178,9 @@ class Work:
     def __init__(
         self,
         context: FetchContext,
-        *,
         deadline: Deadline | None = None,
-        variables: contextvars.Context | None = None,
         trace: WorkTrace | None = None,
+        variables: contextvars.Context | None = None,
     ) -> None:
         self.context: FetchContext = context
         self.trace: WorkTrace | None = trace
@@ -570,7 +569,6 @@ class Gather:
         keys: Iterable[ResourceKey],
         pins: Pins,
         done: Callable[[Gather], None],
-        *,
         demand: Demand | None = None,
         owner: Flight | None = None,
     ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from coalestra.concurrency.pace import Slices, at_once
@@ -25,14 +25,14 @@ class Reading:
 
     How old it is, is told when it is delivered: `ttl_seconds` is how long it counts as fresh, None
     if that is to be asked then; `stale` says that it did not any more when it was read. `notes` is
-    metadata for this reader; `fallback` is the error that a stale value stands in for.
+    metadata for this reader; `fallback` is the error that a stale value stands in for. One is made
+    for every key that is read, by place, as naming what is passed would take longer than all else.
     """
 
     revision: Revision
     ttl_seconds: float | None
-    _: KW_ONLY
-    stale: bool = False
     from_cache: bool = False
+    stale: bool = False
     notes: Mapping[str, Any] | None = None
     fallback: Exception | None = None
     _joined: Reading | None = None
@@ -42,7 +42,8 @@ class Reading:
         noted = self._joined
         if noted is None:
             notes = {**self.notes, **_JOINED} if self.notes else _JOINED
-            noted = self._joined = replace(self, notes=notes)
+            told = self.from_cache, self.stale, notes, self.fallback
+            noted = self._joined = Reading(self.revision, self.ttl_seconds, *told)
         return noted
 
     def __repr__(self) -> str:
@@ -331,7 +332,7 @@ def beneath(
     hidden = yield from _newest_hidden(derived.values(), readings, pins)
     found: dict[ResourceKey, Reading] = {}
     for number, (key, revision) in enumerate(hidden.items(), 1):
-        found[key] = Reading(revision, None, from_cache=True)
+        found[key] = Reading(revision, None, True)
         if not number % _PER_SLICE:
             yield
     return found

@@ -412,7 +412,7 @@ class Terms(NamedTuple):
         if parts.report is not None:
             told = {"kind": kind, "snapshot_id": context.snapshot_id}
             parts.report.tell("snapshot_started", **told)
-        work = Work(context, deadline=deadline, trace=noted)
+        work = Work(context, deadline, noted)
         return UnitOfWork(self.engine, work, lasting, parts.clock.monotonic())
 
 
@@ -867,7 +867,7 @@ class Revalidation:
         yield
         kept = Pins(self._left(pins), demand)
         yield
-        stage = Stage(self.unit.work, self._wanted(), kept, self._take, demand=demand)
+        stage = Stage(self.unit.work, self._wanted(), kept, self._take, demand)
         stage.span = self._span
         return stage
 

@@ -448,9 +448,7 @@ class SingleFlight:
         if gather.logs and key in gather.logs:
             refreshed = None if notes is None else notes["refresh_scheduled"]
             gather.logs[key].cached(self._how(stale), refreshed)
-        gather.readings[key] = Reading(
-            revision, policy.ttl_seconds, stale=stale, from_cache=True, notes=notes
-        )
+        gather.readings[key] = Reading(revision, policy.ttl_seconds, True, stale, notes)
         return True
 
     def _how(self, stale: bool) -> Obtained:
@@ -893,7 +891,7 @@ class SingleFlight:
             return
         pins = NO_PINS if flight.pins is None else flight.pins
         work = flight.living_sponsor()
-        gather = Gather(work, keys, pins, self._gathered, demand=pins.demand, owner=flight)
+        gather = Gather(work, keys, pins, self._gathered, pins.demand, flight)
         for each in flight.waiters if flight.pins is None else ():
             if each.base or each.under:
                 its = {id(each.base): each.base} if each.base else each.under
