@@ -134,17 +134,6 @@ def test_a_derived_entry_ends_when_a_dependency_is_replaced_dropped_expired_or_e
         assert found(store, B) == [], ending
 
 
-def test_what_is_current_in_one_store_may_be_outdated_in_another() -> None:
-    one, other = EntryStore(None), EntryStore(None)
-    base, newer = revision_of(A), revision_of(A, observed_at=NOW + 1)
-    derived = revision_of(B, rests_on=[base])
-    for store, below in ((one, base), (other, newer)):
-        store.put(below)
-        store.put(derived)
-    assert one.find(B, NOW, POLICY) is derived
-    assert other.find(B, NOW, POLICY) is None
-
-
 def test_a_judgement_elsewhere_does_not_make_a_store_forget_what_rests_on_what() -> None:
     """As of one that was on its way into a cache when its reading began, and is in memory now."""
     store = EntryStore(None)

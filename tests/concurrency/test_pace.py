@@ -37,25 +37,6 @@ async def test_keeping_pace_rests_only_when_it_is_time(time: Time) -> None:
     assert not await pace.keep()
 
 
-async def test_who_share_a_pace_use_one_slice_in_a_turn(time: Time) -> None:
-    """Each step takes half a slice; whoever finds the slice used up lets the loop go on."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    pace = Pace()
-    steps: dict[int, int] = {}
-
-    async def work() -> None:
-        pace.begin()
-        for _ in range(6):
-            time.go_on(0.5)
-            steps[loop.steps] = steps.get(loop.steps, 0) + 1
-            await pace.keep()
-
-    await asyncio.gather(*(work() for _ in range(3)))
-    assert sum(steps.values()) == 18
-    assert max(steps.values()) <= 2 + 2  # a slice, and one step of each of the others
-
-
 async def test_a_beginner_does_not_begin_a_slice_while_others_wait_for_one(time: Time) -> None:
     pace = Pace()
     time.go_on()

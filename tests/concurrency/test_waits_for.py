@@ -96,50 +96,6 @@ def compare_with_a_naive_graph(steps: list[tuple[str, int, int]]) -> None:
         assert len(graph) == len({node for edge in naive.edges for node in edge})
 
 
-@times(2)
-@given(st.permutations([(a, b) for a in range(7) for b in range(a + 1, 7)]))
-def test_an_acyclic_graph_is_taken_in_any_order_of_edges(edges: list[tuple[int, int]]) -> None:
-    """And each of the reversed edges is then refused."""
-    graph: WaitsFor[int] = WaitsFor()
-    assert all(graph.add(waiter, target) is None for waiter, target in edges)
-    assert all(graph.add(target, waiter) is not None for waiter, target in edges)
-
-
-def test_waiting_for_oneself_is_a_cycle() -> None:
-    """The shortest there is."""
-    graph: WaitsFor[str] = WaitsFor()
-    assert graph.add("a", "a") == ("a", "a")
-    assert len(graph) == 0
-
-
-def test_a_cycle_is_named_from_the_waiter_and_back() -> None:
-    """Waiter first, then whom it would wait for, and so on round."""
-    graph: WaitsFor[str] = WaitsFor()
-    graph.add("a", "b")
-    graph.add("b", "c")
-    assert graph.add("c", "a") == ("c", "a", "b", "c")
-    assert graph.add("b", "a") == ("b", "a", "b")
-
-
-def test_a_refused_edge_leaves_the_graph_as_it_was() -> None:
-    """Also one with a node it did not know."""
-    graph: WaitsFor[str] = WaitsFor()
-    graph.add("a", "b")
-    graph.add("b", "a")
-    graph.add("z", "z")
-    assert edges_of(graph) == (("a", "b"),)
-    assert "z" not in graph
-
-
-def test_an_edge_added_twice_is_removed_at_once() -> None:
-    """It is there or not."""
-    graph: WaitsFor[str] = WaitsFor()
-    graph.add("a", "b")
-    graph.add("a", "b")
-    graph.remove("a", "b")
-    assert graph.add("b", "a") is None
-
-
 def test_nodes_without_edges_are_forgotten() -> None:
     """State is held for present waits only."""
     graph: WaitsFor[str] = WaitsFor()

@@ -33,7 +33,6 @@ from coalestra import (
     SourceAuthorityPolicy,
     SourcePayload,
     SourceResiliencePolicy,
-    SyncSnapshotBuilder,
 )
 from coalestra.concurrency import pace
 from tests.observability.recording import Recorder
@@ -173,12 +172,6 @@ async def test_applications_that_know_nothing_of_it_see_a_failed_resource() -> N
     assert isinstance(raised.value.__cause__, ResourceAbsentError)
     assert raised.value.snapshot is not None
     assert set(raised.value.snapshot) == {Y}
-
-
-def test_threads_are_told_of_it_as_well() -> None:
-    building = builder(Stock("x", {"x": NONE}), clock=None)
-    with SyncSnapshotBuilder(building) as sync:
-        absence(sync.build([X], strict=False))
 
 
 async def test_a_subclass_of_it_is_one_though_it_leaves_out_what_its_base_is_made_with() -> None:

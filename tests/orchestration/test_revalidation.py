@@ -53,15 +53,6 @@ def unchanged(session: SnapshotSession, before: Snapshot) -> bool:
 # What is replaced
 
 
-async def test_it_takes_what_was_published_since() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    await shop.publish(BASE, 2)
-    assert shown(await session.revalidate([BASE])) == {BASE: 2, OTHER: 10}
-    assert shown(session.snapshot()) == {BASE: 2, OTHER: 10}
-    assert len(shop.stock.calls) == 2
-
-
 async def test_a_value_that_is_still_fresh_in_the_cache_is_kept_without_asking_anyone() -> None:
     shop = Shop()
     session = await shop.session(TOP, BASE)
@@ -127,14 +118,6 @@ async def test_what_is_kept_is_not_asked_for_again_to_derive_anew_from_it() -> N
     stock.change(base=SourceUnavailableError("down"), other=20)
     assert shown(await session.revalidate([OTHER])) == {BASE: 1, OTHER: 20, both: (1, 20)}
     assert [each.name for each in stock.calls] == ["base", "other", "other"]
-
-
-async def test_a_revalidated_snapshot_keeps_the_identity_and_the_order_of_the_session() -> None:
-    shop = Shop()
-    session = await shop.session(OTHER, BASE)
-    after = await session.revalidate([BASE])
-    assert list(after) == [OTHER, BASE]
-    assert (after.snapshot_id, after.created_at) == (session.snapshot_id, session.created_at)
 
 
 # force_refresh

@@ -52,8 +52,10 @@ async def test_every_stage_bears_the_id_and_the_creation_time_of_the_session() -
     first = await session.resolve([BASE])
     await asyncio.sleep(5)
     second = await session.resolve([OTHER])
-    assert {first.snapshot_id, second.snapshot_id, session.snapshot_id} == {"mine"}
-    assert first.created_at == second.created_at == session.created_at == EPOCH
+    again = await session.revalidate([OTHER])
+    assert {each.snapshot_id for each in (first, second, again, session)} == {"mine"}
+    assert {each.created_at for each in (first, second, again, session)} == {EPOCH}
+    assert list(again) == [BASE, OTHER]
 
 
 async def test_sources_are_told_the_context_that_the_session_shows() -> None:
@@ -385,10 +387,12 @@ async def test_a_policy_that_cannot_be_told_fails_its_key(error: BaseException, 
 
 async def test_a_closed_session_refuses_every_call() -> None:
     shop = Shop()
-    session = await shop.session(BASE)
-    assert not session.closed
-    await session.close()
+    async with shop.builder.session() as session:
+        snapshot = await session.resolve([BASE])
+        assert not session.closed
     assert session.closed
+    assert "closed" in repr(session)
+    assert shown(snapshot) == {BASE: 1}
     calls = (
         session.resolve([BASE]),
         session.resolve_request(SnapshotRequest(required=[BASE])),
@@ -401,14 +405,6 @@ async def test_a_closed_session_refuses_every_call() -> None:
             await call
     with pytest.raises(SessionClosedError):
         session.snapshot()
-
-
-async def test_snapshots_stay_good_after_their_session() -> None:
-    shop = Shop()
-    async with shop.builder.session() as session:
-        snapshot = await session.resolve([BASE])
-    assert shown(snapshot) == {BASE: 1}
-    assert "closed" in repr(session)
 
 
 # Snapshots

@@ -11,7 +11,6 @@ import pytest
 from coalestra.core.errors import SubmissionBacklogFullError
 from coalestra.sync import Operation, SubmissionBacklog
 from tests.support.strikes import at_every_line
-from tests.sync.steps import in_thread, outcome
 
 pytestmark = pytest.mark.concurrency
 
@@ -30,15 +29,6 @@ def entered(
     backlog.enter(operation)
     operation.accepted = accepted
     return operation
-
-
-def test_a_place_given_back_twice_counts_once(loop: asyncio.AbstractEventLoop) -> None:
-    backlog = SubmissionBacklog(2)
-    operation = entered(backlog, loop)
-    entered(backlog, loop)
-    backlog.leave(operation)
-    backlog.leave(operation)
-    assert backlog.pending == 1
 
 
 def test_of_two_that_come_to_the_last_place_one_has_it(loop: asyncio.AbstractEventLoop) -> None:
@@ -77,12 +67,3 @@ def test_a_flush_that_takes_too_long_says_how_much_is_left(loop: asyncio.Abstrac
     entered(backlog, loop)
     with pytest.raises(TimeoutError, match=r"within 0\.01 s, got 1 of 1 still pending"):
         backlog.flush(0.01)
-
-
-@pytest.mark.parametrize("timeout", [1e10, 1e300, 10**30])
-def test_a_flush_may_be_given_any_time(timeout: float, loop: asyncio.AbstractEventLoop) -> None:
-    backlog = SubmissionBacklog(1)
-    operation = entered(backlog, loop)
-    flushing = in_thread(lambda: backlog.flush(timeout))
-    operation.discard()
-    outcome(flushing)
