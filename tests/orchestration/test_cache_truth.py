@@ -314,6 +314,45 @@ async def test_an_invalidation_at_any_step_of_a_fetch_leaves_nothing_cached(step
     assert len(source.calls) == 2
 
 
+@pytest.mark.parametrize("lasting", [False, True], ids=["build", "session"])
+@pytest.mark.parametrize(
+    "names",
+    [["a", "b"], ["a", "slow", "b"], ["sum"], ["sum", "b", "a"]],
+    ids=str,
+)
+async def test_who_waits_for_one_half_of_a_publication_sees_the_other_too(
+    names: list[str], lasting: bool
+) -> None:
+    gate = Gate()
+    a, b = (key(name) for name in "ab")
+    slow = Single("slow", "b", "slow", fetch=held_at(gate, "fetched"))
+    derived = Derived("sum", needs=lambda _: [a, b])
+    building = builder(Single("a"), slow, derived, max_concurrency=3)
+    await building.publisher.publish(a, 1, source="news")
+    wanted, session = [key(name) for name in names], building.session()
+    reader = await begun(session.resolve(wanted) if lasting else building.build(wanted), gate)
+    await building.publisher.publish_many([ResourceUpdate(k, 2, "news") for k in (a, b)])
+    gate.open()
+    expected = {"a": 2, "b": 2, "slow": "fetched", "sum": (2, 2)}
+    snapshot = await reader
+    assert [value.value for value in snapshot.values()] == [expected[name] for name in names]
+    assert (await building.build([key("sum")])).value(key("sum")) == (2, 2)
+    assert len(derived.calls) == 1
+
+
+async def test_what_is_pinned_or_read_anew_gives_way_to_no_publication() -> None:
+    gate = Gate()
+    a, b, c = (key(name) for name in "abc")
+    building = builder(Single("a"), Single("b", fetch=held_at(gate, 1)), Single("c"))
+    session = building.session()
+    await session.resolve([a])
+    reader = await begun(session.resolve([b, c]), gate)
+    await building.publisher.publish_many([ResourceUpdate(k, 2, "news") for k in (a, b, c)])
+    gate.open()
+    assert [value.value for value in (await reader).values()] == ["", 2, 2]
+    assert (await session.revalidate([a])).value(a) == 2
+
+
 @pytest.mark.parametrize("way", ["build", "request", "session", "further stage", "derivation"])
 async def test_a_reader_of_very_much_sees_all_of_a_publication_or_nothing_of_it(
     monkeypatch: pytest.MonkeyPatch, way: str

@@ -426,14 +426,10 @@ class EntryStore:
         return self._sets, self._invalidations, self._evictions, self._expirations
 
     def replaced(self, revisions: Iterable[Revision]) -> list[ResourceKey]:
-        """Return the keys of what has been replaced, or rests on what has been."""
-        get, holds = self._entries.get, self._currency.holds
-        held = [(each, get(each.key)) for each in revisions]
-        return [
-            each.key
-            for each, now in held
-            if now is not None and (now is not each or not holds(now))
-        ]
+        """Return the keys of those that were not derived, and in whose place another one is now."""
+        get = self._entries.get
+        plain = [each for each in revisions if not each.dependency_versions]
+        return [each.key for each in plain if get(each.key, each) is not each]
 
     # Writing ------------------------------------------------------------------------------------
 

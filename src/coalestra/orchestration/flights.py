@@ -539,11 +539,11 @@ class Gather:
     `within` is the call from whose source the stage was begun; whatever is waited for on its behalf
     is `urgent`: it must not wait for the slot that the call holds. `logs` are kept for traces;
     `span` is that of the stage, if a tracer follows it.
-    It is `open` while its keys are being looked for or its readings judged. While they are looked
-    for the calls of its work are held back, and `alone` stands for the waiters of each flight that
-    it starts, until others join. With `renews`, what is stale or due is waited for, as a
-    refresh inherits its freshness. One that `pins_beneath` is told with what `beneath` has `below`
-    its readings, if it was asked.
+    It is `open` while its keys are being looked for or its readings judged. `told` is how often
+    others had written by then. While they are looked for the calls of its work are held back, and
+    `alone` stands for the waiters of each flight that it starts, until others join. With `renews`,
+    what is stale or due is waited for, as a refresh inherits its freshness. One that `pins_beneath`
+    is told with what `beneath` has `below` its readings, if it was asked.
     """
 
     forced: frozenset[ResourceKey] = frozenset()
@@ -558,6 +558,7 @@ class Gather:
     over: bool = False
     rounds: int = 0
     agreed: tuple[int, int] | None = None
+    told: int = 0
     alone: dict[Gather, bool] | None = None
     under: Mapping[int, Pins] = EMPTY
     pins_beneath: bool = False

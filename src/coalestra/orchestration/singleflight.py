@@ -234,6 +234,7 @@ class SingleFlight:
         self._renewed: dict[ResourceKey, str] = {}
         self._absent: OrderedDict[ResourceKey, tuple[float, Failure]] = OrderedDict()
         self._news: int = 0
+        self._told: int = 0
         self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
         self._voucher: tuple[int, int] = 0, 0
         parts.access.subscribers.subscribe(self)
@@ -271,7 +272,7 @@ class SingleFlight:
 
     def look(self, gather: Gather) -> None:
         """Begin to look for every key of a gather; its `done` is called when all are settled."""
-        gather.open = True
+        gather.open, gather.told = True, self._told
         gather.alone = {gather: False}
         self.hold(gather.work)
         if gather.work.trace is not None:
@@ -294,6 +295,8 @@ class SingleFlight:
 
         Much is looked for in portions, and the flights of what memory lacks begin in steps.
         """
+        near = self.parts.access.near
+        state = None if near is None else near.state
         keys = gather.keys if gather.open else ()  # or who waited has gone before it was his turn
         comes_now = gather.owner is None and gather.within is None  # not for who came before
         if comes_now and self._store is None and self.parts.access.is_cut_off():
@@ -301,7 +304,7 @@ class SingleFlight:
         pins = gather.pins
         plain = not (pins or pins.private or gather.forced or gather.refresh)
         size = _KEYS_AT_ONCE if plain else _KEYS_PER_STEP
-        for part in (keys,) if len(keys) <= size else self._in_portions(gather, keys, size):
+        for part in portions(keys, size):
             missed = self._look_for(gather, part, plain)
             for wanted in portions(missed, _KEYS_PER_STEP) if missed else ():
                 if self._store is None:
@@ -317,27 +320,9 @@ class SingleFlight:
                 yield
             if not gather.open:
                 break
+        if len(keys) > size and near is not None and near.state != state:
+            gather.told = -1  # others have written meanwhile
         self._looked(gather)
-
-    def _in_portions(
-        self, gather: Gather, keys: Collection[ResourceKey], size: int
-    ) -> Iterator[Collection[ResourceKey]]:
-        """Yield keys to look for; at last again those of which others have written meanwhile.
-
-        So what was written together is seen together, however much it is.
-        """
-        near = self.parts.access.near
-        state = None if near is None else near.state
-        yield from portions(keys, size)
-        if near is None or near.state == state or gather.forced or gather.refresh:
-            return
-        read = [each.revision for each in gather.readings.values() if each.from_cache]
-        again = [key for key in near.replaced(read) if key not in gather.pins]
-        again += [key for key in gather.failures if near.peek(key) is not None]
-        for key in again:
-            gather.readings.pop(key, None)
-            gather.failures.pop(key, None)
-        yield again
 
     def _look_for(self, gather: Gather, keys: Collection[ResourceKey], plain: bool) -> list[Wanted]:
         """Take what is pinned or in memory; return what has to be looked for elsewhere."""
@@ -1245,6 +1230,8 @@ class SingleFlight:
         """Tell the one who waits, after readings at odds with the others were derived anew."""
         if gather.open or gather.pending or gather.struck or gather.over:
             return None
+        if gather.told != self._told and len(gather.keys) > 1 and gather.rounds < _SPARE_ROUNDS:
+            return self._take_news(gather)
         alone = len(gather.readings) == 1 and not gather.base and not gather.pins_beneath
         if not (alone or gather.agrees):
             gather.yield_to_pins()
@@ -1253,6 +1240,37 @@ class SingleFlight:
                 return self._judge(gather)
         self._tell(gather)
         return None
+
+    def _take_news(self, gather: Gather) -> Steps:
+        """Take what is fresh in the place of what was read, or failed, before it was written.
+
+        So what was written together is seen together, though some of it has come by a flight.
+        """
+        gather.open, gather.told, gather.agreed = True, self._told, None
+        gather.rounds += 1
+        now, near = self.parts.clock.now(), self.parts.access.near
+        read = [each.revision for each in gather.readings.values()]
+        past = gather.keys if gather.refresh else {*gather.pins, *gather.forced}
+        failed = [key for key, failure in gather.failures.items() if not failure.absent]
+        news = () if near is None else (*near.replaced(read), *failed)
+        for part in portions([key for key in news if key not in past], _KEYS_PER_STEP):
+            for key in part:
+                policy = self._policy(gather, key)
+                revision = None if near is None or policy is None else near.find(key, now, policy)
+                if policy is None:
+                    gather.readings.pop(key, None)
+                elif (
+                    revision is not None
+                    and now - revision.observed_at <= policy.ttl_seconds
+                    and self._serve(gather, policy, revision, now)
+                ):
+                    gather.failures.pop(key, None)
+            if len(part) == _KEYS_PER_STEP:
+                yield
+            if not gather.open:
+                return
+        gather.open = False
+        self._check(gather)
 
     def _judge(self, gather: Gather) -> Steps:
         """Look for the readings in what its unit of work has seen; if that fails, judge them."""
@@ -1394,6 +1412,7 @@ class SingleFlight:
 
     def revised(self, changes: Mapping[ResourceKey, Revision | None]) -> None:
         """Learn what is current now; of what a flight has written nobody tells."""
+        self._told += 1
         for key, revision in changes.items() if self.board.busy else ():
             self._tell_flights(key, revision)
         self._forget_absent(changes)
