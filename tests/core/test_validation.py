@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock, Mock, create_autospec
 
 import pytest
 
@@ -96,6 +97,21 @@ def test_another_value_is_a_value_error_that_names_the_parameter(
 ) -> None:
     with pytest.raises(ValueError, match=r"^limit must be .*, got "):
         check("limit", value, **rule)
+
+
+@pytest.mark.parametrize("make", [Mock, MagicMock, create_autospec])
+def test_what_stands_in_for_a_plain_function_in_tests_is_one(make: Callable[..., Any]) -> None:
+    """To ask ``inspect`` about a mock of a function fails, or says that it is a coroutine's."""
+
+    def answer(value: int) -> int:
+        return value
+
+    stand_in = make(spec=answer)
+    assert plain_function("copier", stand_in) is stand_in
+    assert plain_function("copier", partial(stand_in, 1)).func is stand_in
+    for later in (AsyncMock(), AsyncMock(spec=answer), partial(AsyncMock(), 1)):
+        with pytest.raises(TypeError, match="copier must be a plain function"):
+            plain_function("copier", later)
 
 
 def test_an_optional_mapping_that_is_missing_becomes_an_empty_one() -> None:

@@ -229,6 +229,8 @@ def is_coroutine_function(function: Any) -> bool:
     """Whether calling ``function`` only makes a coroutine, so that it has not answered yet."""
     while isinstance(function, partial):
         function = function.func
+    if type(getattr(getattr(function, "__code__", None), "co_flags", 0)) is not int:
+        return False  # it stands in for a function, as mocks do, and inspect believes all flags set
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         type(function).__call__
     )

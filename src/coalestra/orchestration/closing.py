@@ -37,6 +37,7 @@ from coalestra._endings import PROGRAM_ENDS, look_after
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core import errors
 from coalestra.core.frozen import empty
+from coalestra.core.validation import is_coroutine_function
 from coalestra.observability import ObservabilitySinks
 from coalestra.orchestration.singleflight import Engine
 
@@ -286,7 +287,7 @@ def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
     if callable(close):
         return close, True
     close = getattr(part, "close", None)
-    return (close, asyncio.iscoroutinefunction(close)) if callable(close) else (None, False)
+    return (close, is_coroutine_function(close)) if callable(close) else (None, False)
 
 
 async def _awaited(close: Callable[[], Any]) -> None:
