@@ -21,7 +21,7 @@ import queue
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
@@ -807,8 +807,10 @@ class Reporter:
             told["error"] = error
         self.tell(_OTHER_FAILURES.get(status, "source_failed"), **told, snapshot_id=snapshot_id)
 
-    def warm_hits(self, keys: Collection[ResourceKey], snapshot_id: str) -> None:
-        """Report fresh values served together: those of one kind are one count."""
+    def warm_hits(
+        self, keys: Collection[ResourceKey], snapshot_id: str
+    ) -> Generator[None, None, None]:
+        """Report fresh values served together, in slices: those of one kind are one count."""
         if self._counting:
             kinds: dict[tuple[str, str], int] = {}  # quicker than a Counter of few
             for key in keys:
@@ -817,10 +819,10 @@ class Reporter:
             for (namespace, name), times in kinds.items():
                 kind_of = {"resource_namespace": namespace, "resource_name": name}
                 self.count("cache_access_total", None, times, status="fresh", **kind_of)
-        if self._telling:
-            for key in keys:
-                facts = {"resource": key, "freshness": "fresh", "snapshot_id": snapshot_id}
-                self._hand("event", "emit", ("cache_hit",), facts.items())
+        for key in keys if self._telling else ():
+            facts = {"resource": key, "freshness": "fresh", "snapshot_id": snapshot_id}
+            self._hand("event", "emit", ("cache_hit",), facts.items())
+            yield
 
     def cache_failed(self, operation: str, error: Reported) -> None:
         """Report that a cache raised as it was to ``read`` or ``write``; it was done without."""

@@ -146,6 +146,29 @@ async def test_the_clock_is_read_after_each_slow_payload(monkeypatch: pytest.Mon
     assert steps >= len(keys)
 
 
+async def test_the_clock_is_read_after_each_event_that_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever listens takes some time for each of them."""
+
+    class Listener(NullEventSink):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            told.append(event_type)
+
+    told: list[str] = []
+    keys = MANY[:200]
+    building = builder(Batch("x"), events=Listener(), buffer_observability=False)
+    await building.build(keys)
+    told.clear()
+    ticks = itertools.count(time.perf_counter())
+    monkeypatch.setattr("coalestra.concurrency.pace.time.perf_counter", lambda: next(ticks))
+    reading, most, known = asyncio.ensure_future(building.build(keys)), 0, 0
+    while not reading.done():
+        await asyncio.sleep(0)
+        most, known = max(most, len(told) - known), len(told)
+    assert (told.count("cache_hit"), most <= 3) == (200, True)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 async def test_what_takes_a_thread_to_be_copied_is_read_warm_all_the_same(count: int) -> None:
     large = [[number] for number in range(30_000)]

@@ -379,7 +379,7 @@ class WarmReads:
         report = parts.report
         if report is not None:
             report.tell("snapshot_started", kind="build", snapshot_id=made.snapshot_id)
-            report.warm_hits(keys, made.snapshot_id)
+            at_once(report.warm_hits(keys, made.snapshot_id))
             told = made.snapshot_id, made.diagnostics
             report.snapshot_built(*told, build_failed=False, strict=strict)
         return made
@@ -393,7 +393,7 @@ class WarmReads:
         revisions = store.find_all_fresh(keys, self._parts.clock.now(), policies)
         if revisions is None:
             return {}
-        self._count(store, work, keys, revisions)
+        at_once(self._counted(store, work, keys, revisions))
         common = policy_of_all(policies)
         ttl = None if common is None else common.ttl_seconds
         return {revision.key: Reading(revision, ttl, True) for revision in revisions}
@@ -433,7 +433,7 @@ class WarmReads:
             await pace.rest()  # putting them together takes a while, too
         if values is None or work.expired:
             return None
-        self._count(store, work, keys, revisions)
+        await pace.through(self._counted(store, work, keys, revisions))
         return FrozenDict(zip(keys, values, strict=True))
 
     async def _copied(
@@ -466,20 +466,20 @@ class WarmReads:
                 await pace.keep()
         return values
 
-    def _count(
+    def _counted(
         self,
         store: EntryStore,
         work: Work,
         keys: Collection[ResourceKey],
         revisions: Collection[Revision],
-    ) -> None:
+    ) -> Slices[None]:
         store.count_fresh(revisions)
         if work.trace is not None:
             work.trace.warm(revisions, near=self._parts.access.store is not store)
         work.record.cache_hits += len(keys)
         work.record.cache_batch_reads += 1
         if self._parts.report is not None:
-            self._parts.report.warm_hits(keys, work.context.snapshot_id)
+            yield from self._parts.report.warm_hits(keys, work.context.snapshot_id)
 
     def __repr__(self) -> str:
         return f"<WarmReads of {self._parts.access!r}>"
