@@ -42,10 +42,18 @@ from coalestra.orchestration.calls import Call
 from coalestra.orchestration.flights import FlightBoard
 from coalestra.orchestration.singleflight import Agenda, SingleFlight
 from tests.contracts.caches import BatchAtomicCache
-from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, tuned
+from tests.orchestration.scripted import (
+    Batch,
+    Derived,
+    Single,
+    builder,
+    held_at,
+    key,
+    latency,
+    tuned,
+)
 from tests.support import (
     Gate,
-    LoopClock,
     ThreadGate,
     VirtualLoop,
     begun,
@@ -389,7 +397,7 @@ def interrupted_within(functions: set[CodeType], at: int, work: Callable[[], obj
 
 @pytest.mark.parametrize(
     "struck",
-    [FlightBoard.start, FlightBoard.land, FlightBoard.take_off, Call._deliver],
+    [FlightBoard.start, FlightBoard.hide, FlightBoard.land, FlightBoard.take_off, Call._deliver],
     ids=lambda each: str(each.__name__),
 )
 def test_an_interrupt_at_any_place_leaves_no_key_that_nobody_acquires(struck: FunctionType) -> None:
@@ -397,9 +405,14 @@ def test_an_interrupt_at_any_place_leaves_no_key_that_nobody_acquires(struck: Fu
 
     def world(at: int) -> int:
         derived = Derived("derived", needs=lambda _: keys[:2])
-        building = builder(Single("single"), Batch("several"), derived, clock=LoopClock())
+        building = builder(Single("single", fetch=latency(2)), Batch("several"), derived)
         loop = VirtualLoop()
         task = loop.create_task(building.build(keys, strict=False))
+
+        async def work() -> None:
+            await asyncio.sleep(1)
+            await building.publisher.invalidate(keys[0])
+            await asyncio.wait([task])
 
         async def rest() -> None:
             await asyncio.wait_for(task, 9)
@@ -408,9 +421,11 @@ def test_an_interrupt_at_any_place_leaves_no_key_that_nobody_acquires(struck: Fu
             await building.aclose()
 
         try:
+            working = loop.create_task(work())
             places = interrupted_within(
-                {struck.__code__}, at, lambda: loop.run_until_complete(asyncio.wait([task]))
+                {struck.__code__}, at, lambda: loop.run_until_complete(working)
             )
+            working.cancel()
             going = loop.create_task(rest())
             while not going.done():
                 with contextlib.suppress(KeyboardInterrupt):  # as it reaches the program

@@ -827,8 +827,8 @@ class FlightBoard:
                 continue  # and so is whoever waits for it
             seen.add(id(each))
             if each.joinable:
-                each.joinable = False
                 del self.flights[each.key]
+                each.joinable = False
                 self.set_aside(each)
             if not cacheable:
                 each.cacheable = False
