@@ -90,6 +90,9 @@ class Server:
             with contextlib.suppress(OSError):
                 if self.command("PING").startswith(b"+PONG"):
                     return
+            if self.process is not None and self.process.poll() is not None:
+                self.stop()
+                raise ChildProcessError("the server does not take its settings")
             time.sleep(0.02)
         raise TimeoutError("the server did not start within 20 s")
 

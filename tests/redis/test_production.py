@@ -68,9 +68,14 @@ def encrypted(tmp_path: Path) -> Iterator[str]:
     subprocess.run(["openssl", *made.split(), *names], check=True, capture_output=True)
     port = free_port()
     files = ("--tls-cert-file", certificate, "--tls-key-file", key, "--tls-auth-clients", "no")
-    with running("--tls-port", str(port), "--tls-ca-cert-file", certificate, *files) as server:
-        server.command("CONFIG", "SET", "requirepass", "secret")
-        yield f"rediss://:secret@127.0.0.1:{port}/3?ssl_ca_certs={certificate}"
+    server = Server("--tls-port", str(port), "--tls-ca-cert-file", certificate, *files)
+    try:
+        server.start()
+    except ChildProcessError:
+        pytest.skip("the server was built without TLS")
+    server.command("CONFIG", "SET", "requirepass", "secret")
+    yield f"rediss://:secret@127.0.0.1:{port}/3?ssl_ca_certs={certificate}"
+    server.stop()
 
 
 async def test_all_of_it_goes_over_tls_the_news_as_well(encrypted: str, prefix: str) -> None:
@@ -161,7 +166,7 @@ async def test_what_the_server_refuses_is_an_error_of_the_cache(
 ) -> None:
     with allowed(server, "+scan", "+unlink", lacking) as url:
         async with cache_over(url, "few:rights") as cache:
-            with pytest.raises(SharedCacheUnavailableError, match="refuses: this user has no"):
+            with pytest.raises(SharedCacheUnavailableError, match="refuses: .* has no permissions"):
                 await cache.clear()
 
 
