@@ -3,7 +3,8 @@
 Laws of calls:
 
 1. A call takes no longer than the time limit, whatever the server, the network or the client does,
-   from its turn on: a burst waits for as many connections as there may be.
+   from its turn on. Of a burst, each call that has ended lets in another two, until there are as
+   many connections as there may be.
 2. After a few failures in a row calls are refused at once; one probe at a time finds out whether
    the server is back.
 3. What fails raises `SharedCacheUnavailableError`; what a script is refused is among its answers.
@@ -73,8 +74,8 @@ _CIRCUIT: Final = CircuitBreakerPolicy(failure_threshold=3, recovery_timeout_sec
 _BYTES: Final[dict[str, Any]] = {NEVER_DECODE: True}
 _MEASUREMENT_HOLDS_SECONDS: Final = 60.0
 _CLOSED_CONNECTIONS: Final = 3
-_MOST_CALLS: Final = 32
-"""More connections at once would only keep each other waiting."""
+_MOST_CALLS: Final = 4
+"""So many connections keep an event loop busy. To open one with TLS may hold it up for 0.1 s."""
 _SCAN_SECONDS: Final = 30.0
 _LAST_LOOK: Final = 0.2
 """The part of the time limit that is there to look at the answer only."""
@@ -122,6 +123,9 @@ class Server:
         settings = client.connection_kwargs if self.is_cluster else vars(client.connection_pool)
         most = settings.get("max_connections", _MOST_CALLS)
         self._turn_of_call = CapacityLimiter(min(most, _MOST_CALLS))
+        self._held_back = self._turn_of_call.limit - 1
+        for _ in range(self._held_back):
+            self._turn_of_call.try_acquire()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
@@ -271,7 +275,7 @@ class Server:
             # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
             task = asyncio.ensure_future(call())
             look_after(task, self._tasks)  # what it raises is raised where it is waited for
-            task.add_done_callback(lambda _: turns.release())
+            task.add_done_callback(lambda _: self._end_turn(turns))
             answer = await self._answer(task, seconds or self.time_limit_seconds)
             outcome = Outcome.SUCCESS
         except SharedCacheUnavailableError as error:
@@ -287,6 +291,12 @@ class Server:
             if circuit.turn == turn:
                 circuit.report(outcome, time.monotonic(), self._turns(), _CIRCUIT)
         return answer
+
+    def _end_turn(self, turns: CapacityLimiter) -> None:
+        turns.release()
+        if self._held_back and turns is self._turn_of_call:
+            self._held_back -= 1
+            turns.release()
 
     async def _answer(self, task: asyncio.Future[Any], seconds: float) -> Any:
         try:
