@@ -43,13 +43,6 @@ class WaitsFor(Generic[N]):
     def __init__(self) -> None:
         self._nodes: dict[N, _Node[N]] = {}
 
-    def __len__(self) -> int:
-        """Count the nodes that wait or are waited for."""
-        return len(self._nodes)
-
-    def __contains__(self, node: object) -> bool:
-        return node in self._nodes
-
     def __repr__(self) -> str:
         edges = sum(len(node.targets) for node in self._nodes.values())
         return f"<WaitsFor nodes={len(self._nodes)} edges={edges}>"
