@@ -558,9 +558,6 @@ class KeyLanes:
     def __repr__(self) -> str:
         return f"KeyLanes({len(self._last)} busy)"
 
-    def __len__(self) -> int:
-        return len(self._last)
-
     @contextlib.asynccontextmanager
     async def turn(
         self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
