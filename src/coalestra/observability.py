@@ -23,7 +23,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from operator import attrgetter
 from typing import Any, ClassVar, Generic, TypeVar
@@ -145,38 +145,36 @@ def _twin(error: BaseException | None, text: str) -> BaseException:
     return twin if isinstance(twin, kind) else Exception(text)
 
 
+@dataclass(eq=False, repr=False)
 class ChangeLog:
     """Says of each subject of a builder that it fails, and that it works again, once per change.
 
     The thread that writes is a daemon, and ends when there is nothing more to write.
 
-    Args:
+    Attributes:
         silent: whether nothing is said at all.
         ticks: the monotonic clock.
-
-    Attributes:
         troubled: the subjects of which was last said that they fail.
     """
 
-    def __init__(
-        self, *, silent: bool = False, ticks: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.troubled: dict[str, Condition] = {}
-        self._silent = silent
-        self._ticks = ticks
-        self._conditions: dict[str, Condition] = {}
+    silent: bool = False
+    ticks: Callable[[], float] = time.monotonic
+    troubled: dict[str, Condition] = field(default_factory=dict)
+    _conditions: dict[str, Condition] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         self._lines: WorkerQueue[tuple[str, SourceFailure | None]] = WorkerQueue(
             write, _MOST_LINES, drop_oldest=False, name="coalestra-log", lingers=False
         )
 
     def failed(self, subject: str, error: BaseException | SourceFailure) -> None:
         """Say that a subject fails, and why, unless that was said last."""
-        if self._silent or subject in self.troubled:
+        if self.silent or subject in self.troubled:
             return
         condition = self._conditions.get(subject)
         if condition is None:
             condition = self._conditions[subject] = Condition(subject)
-        if condition.is_news(True, self._ticks()):
+        if condition.is_news(True, self.ticks()):
             self.troubled[subject] = condition
             if isinstance(error, BaseException):
                 error = SourceFailure.of(subject, error)
@@ -187,7 +185,7 @@ class ChangeLog:
         condition = self.troubled.get(subject)
         if condition is None:
             return
-        news = condition.is_news(False, self._ticks())
+        news = condition.is_news(False, self.ticks())
         if not condition.failing:
             self.troubled.pop(subject, None)  # another thread may have seen the same
         if news:
