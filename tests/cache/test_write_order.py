@@ -46,6 +46,7 @@ def test_an_undated_fetch_counts_from_its_beginning() -> None:
     slow, quick = fetch(NOW + 10, 10), fetch(NOW + 3, 1)
     assert decide(slow, quick).value == OLDER
     assert decide(quick, slow).value == STORED
+    assert decide(quick, fetch(NOW + 10, 10, began=next_number())).value == STORED
     assert decide(slow, event(NOW + 5, known=False)).value == OLDER
     assert decide(slow, event(NOW + 5, dated=True)).value == OLDER
     assert decide(slow, event(NOW - 1, dated=True)).value == STORED

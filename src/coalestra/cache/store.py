@@ -77,8 +77,7 @@ def decide(
         arrived = _arrived_later(candidate, current)
         if arrived is not None:
             return _STORED if arrived else _OLDER
-    at = candidate.observed_at if candidate.dated else candidate.ordered_at
-    held_at = current.observed_at if current.dated else current.ordered_at
+    at, held_at = candidate.ordered_at, current.ordered_at
     if held_at > horizon or at > held_at:
         return _STORED
     if at < held_at:
