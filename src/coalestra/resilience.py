@@ -530,6 +530,8 @@ class CircuitBreaker:
     def _resolve(
         self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy | None
     ) -> tuple[CircuitIdentity, CircuitBreakerPolicy]:
+        validation.text("source", source)
+        validation.instance("key", key, ResourceKey, optional=True)
         validation.instance("policy", policy, CircuitBreakerPolicy, optional=True)
         chosen = policy or self.default_policy
         return self.identity_for(source, key=key, scope=chosen.scope), chosen

@@ -359,13 +359,18 @@ def test_a_breaker_works_outside_of_any_task() -> None:
         breaker.before_call("rest").send(None)
 
 
-async def test_a_policy_that_is_none_is_refused_by_name() -> None:
+async def test_what_is_no_policy_source_or_key_is_refused_by_name() -> None:
     breaker: Any = CircuitBreaker()
     for odd in (5, 0, "strict"):
         with pytest.raises(TypeError, match="policy must be a CircuitBreakerPolicy"):
             await breaker.before_call("rest", policy=odd)
         with pytest.raises(TypeError, match="policy must be a CircuitBreakerPolicy"):
             await breaker.record_failure("rest", policy=odd)
+    for told in (breaker.before_call, breaker.record_success, breaker.state_for):
+        with pytest.raises(TypeError, match="source must be a non-empty string"):
+            await told(None)
+        with pytest.raises(TypeError, match="key must be a ResourceKey"):
+            await told("rest", key="a:b", policy=CircuitBreakerPolicy(CircuitScope.NAMESPACE))
 
 
 class FailingClock(ManualClock):
