@@ -65,7 +65,7 @@ _REMEDIES: Final = {
     "NOPERM|permission|user executing the script can't": "allow the client's user what "
     "docs/how-to/share-between-processes.md lists",
     "(?i)read.?only": "connect to the primary, by its address or through Sentinel",
-    "maxmemory": "raise it, or set maxmemory-policy to allkeys-lru or volatile-ttl",
+    "maxmemory": "raise it, or set maxmemory-policy to allkeys-lru",
     "Too many connections": "raise max_connections of the client, or give it a "
     "BlockingConnectionPool",
     "unknown command": "the server must be Redis 7 or Valkey 7.2 or later, with no command renamed",
