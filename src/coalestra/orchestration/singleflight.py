@@ -295,8 +295,6 @@ class SingleFlight:
 
         Much is looked for in portions, and the flights of what memory lacks begin in steps.
         """
-        near = self.parts.access.near
-        state = None if near is None else near.state
         keys = gather.keys if gather.open else ()  # or who waited has gone before it was his turn
         comes_now = gather.owner is None and gather.within is None  # not for who came before
         if comes_now and self._store is None and self.parts.access.is_cut_off():
@@ -304,6 +302,8 @@ class SingleFlight:
         pins = gather.pins
         plain = not (pins or pins.private or gather.forced or gather.refresh)
         size = _KEYS_AT_ONCE if plain else _KEYS_PER_STEP
+        near = self.parts.access.near if len(keys) > size else None
+        state = None if near is None else near.state
         for part in portions(keys, size):
             missed = self._look_for(gather, part, plain)
             for wanted in portions(missed, _KEYS_PER_STEP) if missed else ():
@@ -320,7 +320,7 @@ class SingleFlight:
                 yield
             if not gather.open:
                 break
-        if len(keys) > size and near is not None and near.state != state:
+        if near is not None and near.state != state:
             gather.told = -1  # others have written meanwhile
         self._looked(gather)
 
