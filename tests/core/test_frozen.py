@@ -110,7 +110,7 @@ class Record:
 
 
 class Derived(Record):
-    def __init__(self, field: int, more: int) -> None:
+    def __init__(self, field: int, more: Any) -> None:
         super().__init__(field)
         self.more = more
 
@@ -124,3 +124,16 @@ def test_what_derives_from_a_record_may_have_attributes_of_its_own() -> None:
         derived.field = 2  # type: ignore[misc]
     with pytest.raises(dataclasses.FrozenInstanceError):
         del derived.field
+
+
+@pytest.mark.parametrize("copied", [
+    copy.copy, copy.deepcopy,
+    *(lambda it, at=at: pickle.loads(pickle.dumps(it, at)) for at in range(2, 6)),
+])  # fmt: skip
+def test_a_copy_of_what_derives_from_a_record_has_the_attributes_of_its_own(
+    copied: Callable[[Any], Any],
+) -> None:
+    derived = Derived(1, ["a"])
+    twin = copied(derived)
+    assert (type(twin), twin, twin.more) == (Derived, derived, ["a"])
+    assert (twin.more is derived.more) is (copied is copy.copy)

@@ -99,7 +99,22 @@ def record(kind: Any = None, **options: Any) -> Any:
         change.__name__ = method
         change.__qualname__ = f"{kind.__qualname__}.{method}"
         setattr(kind, method, change)
+    kind.__getstate__, kind.__setstate__ = _state_of, _restore
     return kind
+
+
+def _state_of(self: Any) -> Any:
+    """Return what a copy has: the fields, and what a class that derives from it keeps besides."""
+    state = [getattr(self, each.name) for each in fields(self)]
+    more = getattr(self, "__dict__", None)
+    return (state, more) if more else state
+
+
+def _restore(self: Any, state: Any) -> None:
+    values, more = state if isinstance(state, tuple) else (state, {})
+    told = dict(zip([each.name for each in fields(self)], values, strict=True))
+    for name, value in {**told, **more}.items():
+        object.__setattr__(self, name, value)
 
 
 def filled(kind: type[T], attributes: dict[str, Any]) -> T:
