@@ -79,16 +79,16 @@ def encrypted(tmp_path: Path) -> Iterator[str]:
 
 
 async def test_all_of_it_goes_over_tls_the_news_as_well(encrypted: str, prefix: str) -> None:
-    for url in (encrypted, f"{encrypted}&protocol=3&decode_responses=True"):
-        async with cache_over(url, prefix) as one, cache_over(url, prefix) as other:
-            told = Told()
-            other.subscribe(told)
-            await read(other)
-            await until(other.caught_up)
-            sent = value_of()
-            await one.set_if_newer(sent)
-            await until(lambda: (A, sent.version) in told.changes)  # noqa: B023
-            assert await read(other) == 1
+    url = f"{encrypted}&protocol=3&decode_responses=True"
+    async with cache_over(url, prefix) as one, cache_over(url, prefix) as other:
+        told = Told()
+        other.subscribe(told)
+        await read(other)
+        await until(other.caught_up)
+        sent = value_of()
+        await one.set_if_newer(sent)
+        await until(lambda: (A, sent.version) in told.changes)
+        assert await read(other) == 1
     once = Retry(NoBackoff(), 0)
     async with cache_over(Redis.from_url(encrypted.split("?")[0], retry=once), prefix) as stranger:
         with pytest.raises(SharedCacheUnavailableError, match="certificate verify failed"):
@@ -208,15 +208,15 @@ async def test_the_time_limit_of_a_call_begins_with_its_turn(caches: Caches) -> 
     """Also the one that the server is told, after which it stores nothing."""
     async with caches() as [cache]:
         await read(cache)
-        turns, taken = cache._server._turn_of_call, 0
-        while turns.try_acquire():
+        connections, taken = cache._server._connections, 0
+        while connections.try_acquire():
             taken += 1
         cache._server._offset = -3600.0, 0.0, time.monotonic()  # what is sent now would be late
         storing = asyncio.ensure_future(cache.set(value_of()))
-        await until(lambda: turns.view().waiting)
+        await until(lambda: connections.view().waiting)
         cache._server._offset = 0.0, 1.0, time.monotonic()
         for _ in range(taken):
-            turns.release()
+            connections.release()
         await storing
         assert await read(cache) == 1
 
@@ -224,17 +224,17 @@ async def test_the_time_limit_of_a_call_begins_with_its_turn(caches: Caches) -> 
 async def test_who_gives_up_waiting_for_a_connection_takes_none(caches: Caches) -> None:
     async with caches() as [cache]:
         await read(cache)
-        turns, taken = cache._server._turn_of_call, 0
-        while turns.try_acquire():
+        connections, taken = cache._server._connections, 0
+        while connections.try_acquire():
             taken += 1
         reading = asyncio.ensure_future(read(cache))
-        await until(lambda: turns.view().waiting)
+        await until(lambda: connections.view().waiting)
         reading.cancel()
         await asyncio.wait({reading})
         for _ in range(taken):
-            turns.release()
+            connections.release()
         assert await read(cache) is None
-        await until(lambda: turns.view().in_use == cache._server._held_back)
+        await until(lambda: connections.view().in_use == cache._server._unopened)
 
 
 async def test_a_question_that_arrives_late_is_granted_no_lease(

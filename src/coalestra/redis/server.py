@@ -82,10 +82,10 @@ _LAST_LOOK: Final = 0.2
 
 
 class SharedCacheUnavailableError(CacheUnavailableError, ConnectionError):
-    """The server of the shared cache did not answer, or not in time.
+    """The server of the shared cache did not answer, not in time, or refused.
 
-    The fault is the server's, the network's or the limit's. Reads go on with the sources; a
-    publication or an invalidation has to be made again, as it may not have happened.
+    The fault is the server's, the network's, the limit's, or that of rights. Reads go on with the
+    sources; a publication or an invalidation has to be made again, as it may not have happened.
     """
 
 
@@ -122,10 +122,10 @@ class Server:
         client: Any = self.client
         settings = client.connection_kwargs if self.is_cluster else vars(client.connection_pool)
         most = settings.get("max_connections", _MOST_CALLS)
-        self._turn_of_call = CapacityLimiter(min(most, _MOST_CALLS))
-        self._held_back = self._turn_of_call.limit - 1
-        for _ in range(self._held_back):
-            self._turn_of_call.try_acquire()
+        self._connections = CapacityLimiter(min(most, _MOST_CALLS))
+        self._unopened = self._connections.limit - 1
+        for _ in range(self._unopened):
+            self._connections.try_acquire()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def __repr__(self) -> str:
@@ -260,10 +260,10 @@ class Server:
         self, call: Callable[[], Coroutine[Any, Any, Any]], seconds: float | None = None
     ) -> Any:
         """Await a call to the server by the rules at the head of this module."""
-        circuit, turns = self._circuit, self._turn_of_call
-        await turns.acquire()
+        circuit, connections = self._circuit, self._connections
+        await connections.acquire()
         if circuit.refuses(time.monotonic()):
-            turns.release()
+            connections.release()
             self.counts["refused"] += 1
             raise SharedCacheLeftAloneError(
                 f"the server of the shared cache is left alone for a moment: {self.last_error}"
@@ -275,7 +275,7 @@ class Server:
             # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
             task = asyncio.ensure_future(call())
             look_after(task, self._tasks)  # what it raises is raised where it is waited for
-            task.add_done_callback(lambda _: self._end_turn(turns))
+            task.add_done_callback(lambda _: self._give_back(connections))
             answer = await self._answer(task, seconds or self.time_limit_seconds)
             outcome = Outcome.SUCCESS
         except SharedCacheUnavailableError as error:
@@ -292,11 +292,11 @@ class Server:
                 circuit.report(outcome, time.monotonic(), self._turns(), _CIRCUIT)
         return answer
 
-    def _end_turn(self, turns: CapacityLimiter) -> None:
-        turns.release()
-        if self._held_back and turns is self._turn_of_call:
-            self._held_back -= 1
-            turns.release()
+    def _give_back(self, connections: CapacityLimiter) -> None:
+        connections.release()
+        if self._unopened and connections is self._connections:
+            self._unopened -= 1
+            connections.release()
 
     async def _answer(self, task: asyncio.Future[Any], seconds: float) -> Any:
         try:
@@ -554,20 +554,20 @@ class News:
     async def _is_elsewhere(self, line: _Line) -> bool:
         """Whether the primary is another server by now, while the former one is still there."""
         pool = getattr(self.client, "connection_pool", None)
-        if not isinstance(pool, SentinelConnectionPool):
+        if not isinstance(pool, SentinelConnectionPool) or not pool.is_master:
             return False
         try:  # where idle connections to another one are let go
             asking: Any = pool.get_master_address()  # type: ignore[no-untyped-call]  # theirs
             address = await _within(_HEARTBEAT_SECONDS, asking, "no sentinel")
         except Exception:  # nobody knows
             return False
-        return bool(pool.is_master and address != line.address)
+        return bool(address != line.address)
 
     async def _open(self, line: _Line) -> None:
         connection = await _connection_of(self.client)
         try:
             await connection.connect()
-            line.address = (getattr(connection, "host", ""), getattr(connection, "port", 0))
+            line.address = getattr(connection, "host", ""), getattr(connection, "port", 0)
             line.take_over(connection.hand_over())
         except BaseException:
             await connection.disconnect(nowait=True)
