@@ -1248,12 +1248,14 @@ class SingleFlight:
         """
         gather.open, gather.told, gather.agreed = True, self._told, None
         gather.rounds += 1
-        now, near = self.parts.clock.now(), self.parts.access.near
-        read = [each.revision for each in gather.readings.values()]
-        past = gather.keys if gather.refresh else {*gather.pins, *gather.forced}
-        failed = [key for key, failure in gather.failures.items() if not failure.absent]
-        news = () if near is None else (*near.replaced(read), *failed)
-        for part in portions([key for key in news if key not in past], _KEYS_PER_STEP):
+        now, near, news = self.parts.clock.now(), self.parts.access.near, list[ResourceKey]()
+        if near is not None:
+            read = [each.revision for each in gather.readings.values()]
+            failed = [key for key, failure in gather.failures.items() if not failure.absent]
+            written = (*near.replaced(read), *failed)
+            stays = (gather.pins, gather.forced)
+            news = [k for k in written if k in near and not any(k in each for each in stays)]
+        for part in portions(news, _KEYS_PER_STEP):
             for key in part:
                 policy = self._policy(gather, key)
                 revision = None if near is None or policy is None else near.find(key, now, policy)
