@@ -37,7 +37,6 @@ SECTIONS: Mapping[int, Section] = {
             "core/test_timeouts.py",
             "adapters/test_calls.py",
             "adapters/test_settings.py",
-            "adapters/test_awaited_cancellation.py",
             "orchestration/test_sources.py",
             "orchestration/test_scheduling.py",
             "orchestration/test_settings.py",

@@ -1,7 +1,6 @@
 """Sources made from functions: plain or async, called here or in a worker thread.
 
-Only ordinary exceptions leave a call, unchanged. One that would end a generator, a task or the
-program becomes a `RuntimeError` that names it; what ends the program is passed on to it as well.
+Whatever they raise is the builder's to judge, as of any source.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, TypeAlias, cast
 
-from coalestra._endings import pass_on, running_task
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.threads import threads_of_context
 from coalestra.core import validation
@@ -33,107 +31,56 @@ class Invocation:
     Its role is what messages call it, such as ``fetcher of source 'rest'``.
     """
 
-    __slots__ = ("_function", "_label", "in_thread", "role")
+    __slots__ = ("_function", "_label", "_role", "in_thread")
 
     def __init__(
         self, function: Callable[..., Any], *, source: str, parameter: str, in_thread: bool
     ) -> None:
         self._function = validation.callable_(parameter, function)
         self._label = source
-        self.role: str = f"{parameter} of source {source!r}"
+        self._role = f"{parameter} of source {source!r}"
         self.in_thread: bool = in_thread and not validation.is_coroutine_function(function)
 
     async def call(self, *arguments: Any) -> Any:
-        """Return the result, awaited if it is awaitable, or raise an ordinary exception."""
-        asked = _requests_to_cancel()
+        """Return the result, awaited if it is awaitable."""
         if self.in_thread:
             result = await self._call_in_thread(arguments)
         else:
-            try:
-                result = self._function(*arguments)
-            except BaseException as error:
-                self._check(error)
-                raise
+            result = self._function(*arguments)
         if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
             return result
-        task = asyncio.current_task()
-        try:
-            return await result
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                # Before Python 3.11 a task does not say who asked, so there the caller must judge.
-                own = asked is not None and _requests_to_cancel() == asked
-            elif isinstance(error, GeneratorExit):
-                own = running_task() is task  # or else the coroutine is being closed
-            else:
-                own = True
-            if own:
-                self._check(error)
-            raise
+        return await result
 
     def answer_now(self, *arguments: Any) -> Any:
         """Return the result of a callable that has to be plain; an awaitable is a `TypeError`."""
-        try:
-            result = self._function(*arguments)
-        except BaseException as error:
-            self._check(error)
-            raise
+        result = self._function(*arguments)
         if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
             _discard(result)
-            raise TypeError(f"{self.role} must be a plain function, got one that is async")
+            raise TypeError(f"{self._role} must be a plain function, got one that is async")
         return result
 
     async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
-        ended: list[tuple[Any, BaseException | None]] = []
+        returned: list[Any] = []
 
         def call() -> None:
-            try:
-                ended.append((self._function(*arguments), None))
-            except BaseException as error:
-                ended.append((None, error))
+            returned.append(self._function(*arguments))
 
         try:
             await threads_of_context().run(call, label=self._label)
         except asyncio.CancelledError:
-            while ended:
-                result, error = ended.pop()
-                _discard(result)
-                if error is not None:
-                    pass_on(error)
+            for each in returned:
+                _discard(each)
             raise
-        result, error = ended.pop()
-        if error is None:
-            return result
-        try:
-            self._check(error)
-            raise error
-        finally:
-            del error
-
-    def _check(self, error: BaseException) -> None:
-        """Raise a `RuntimeError` in place of an exception that must not leave a source."""
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
-            return
-        pass_on(error)
-        raise RuntimeError(
-            f"{self.role} may raise ordinary exceptions only, got {type(error).__qualname__}; "
-            "catch it there and raise what failed"
-        ) from error
+        return returned.pop()
 
     def __repr__(self) -> str:
-        return f"<Invocation {self.role} in_thread={self.in_thread}>"
+        return f"<Invocation {self._role} in_thread={self.in_thread}>"
 
 
 def _discard(result: Any) -> None:
     """Close a coroutine that nobody is going to await."""
     if inspect.iscoroutine(result):
         result.close()
-
-
-def _requests_to_cancel() -> int | None:
-    """How often the running task was asked to end; None where Python, before 3.11, does not say."""
-    cancelling = getattr(asyncio.current_task(), "cancelling", None)
-    return None if cancelling is None else cancelling()
 
 
 SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from coalestra import SnapshotBuilder
 from coalestra.concurrency.threads import WorkerThreads, current_threads
 from coalestra.core.values import SourcePayload
-from tests.adapters.sample_calls import KINDS, adapter, answering, call, payload_in
+from tests.adapters.sample_calls import KINDS, PRICE, adapter, answering, call, payload_in
 from tests.support import ThreadGate, begun, settle
 from tests.support.running import without_collector
 
@@ -96,18 +97,32 @@ class Strange(BaseException):
 FORBIDDEN = (StopIteration, asyncio.CancelledError, GeneratorExit, Strange)
 
 
-@pytest.mark.parametrize("kind_of_error", FORBIDDEN)
-@pytest.mark.parametrize("in_thread", [True, False])
-async def test_an_error_that_would_end_more_than_the_call_becomes_an_ordinary_one(
-    kind: str, in_thread: bool, kind_of_error: type[BaseException]
-) -> None:
-    def function(*_: Any) -> Any:
-        raise kind_of_error("odd")
+FORMS = pytest.mark.parametrize("form", ["in a thread", "here", "awaited"])
 
-    with pytest.raises(RuntimeError, match="of source 'rest' may raise ordinary") as caught:
-        await call(adapter(kind, function, run_sync_in_thread=in_thread))
-    assert isinstance(caught.value.__cause__, kind_of_error)
-    assert kind_of_error.__name__ in str(caught.value)
+
+def raising(kind: str, form: str, error: BaseException) -> Any:
+    """A source whose function raises an error."""
+
+    def plain(*_: Any) -> Any:
+        raise error
+
+    async def awaited(*_: Any) -> Any:
+        await asyncio.sleep(0)
+        raise error
+
+    function = awaited if form == "awaited" else plain
+    return adapter(kind, function, run_sync_in_thread=form == "in a thread")
+
+
+@pytest.mark.parametrize("kind_of_error", FORBIDDEN)
+@FORMS
+async def test_an_error_that_would_end_more_than_the_call_fails_the_call_alone(
+    kind: str, form: str, kind_of_error: type[BaseException]
+) -> None:
+    well = adapter("single", lambda *_: "value", name="well", priority=1)
+    async with SnapshotBuilder([raising(kind, form, kind_of_error("odd")), well]) as building:
+        assert (await building.build([PRICE]))[PRICE].source == "well"
+        assert (await building.health_snapshot()).sources["rest"].failed_attempt_count
 
 
 async def test_a_coroutine_that_is_closed_ends_as_it_is_told(kind: str) -> None:
@@ -132,31 +147,20 @@ async def closing(coroutine: Any) -> None:
 
 
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("form", ["in a thread", "here", "awaited"])
-def test_what_ends_the_program_reaches_it_after_the_call_has_failed(
+@FORMS
+def test_what_ends_the_program_reaches_it(
     kind: str, form: str, kind_of_error: type[BaseException]
 ) -> None:
-    error, failed = kind_of_error(3), []
-
-    def plain(*_: Any) -> Any:
-        raise error
-
-    async def awaited(*_: Any) -> Any:
-        await asyncio.sleep(0)
-        raise error
+    error = kind_of_error(3)
 
     async def main() -> None:
-        function = awaited if form == "awaited" else plain
-        try:
-            await call(adapter(kind, function, run_sync_in_thread=form == "in a thread"))
-        except RuntimeError as caught:
-            failed.append(str(caught))
-        await asyncio.Event().wait()
+        async with SnapshotBuilder([raising(kind, form, error)]) as building:
+            await building.build([PRICE], strict=False)
+            await asyncio.Event().wait()
 
     with pytest.raises(kind_of_error) as ended:
         asyncio.run(main())
     assert ended.value is error
-    assert f"got {kind_of_error.__name__}" in failed[0]
 
 
 @pytest.mark.parametrize("kind_of_error", [KeyboardInterrupt, SystemExit])

@@ -174,20 +174,6 @@ def test_supports_must_not_turn_out_to_be_async(kind: str) -> None:
         source.supports(PRICE)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_supports_ends_the_program_only_after_it_has_failed(kind: str) -> None:
-    def leave(_: ResourceKey) -> bool:
-        raise SystemExit
-
-    async def ask() -> None:
-        with pytest.raises(RuntimeError, match="supports of source 'rest'"):
-            adapter(kind, function, supports=leave).supports(PRICE)
-        await asyncio.Event().wait()
-
-    with pytest.raises(SystemExit):
-        asyncio.run(ask())
-
-
 def test_dependencies_are_passed_on_and_generators_collected() -> None:
     def keys(key: ResourceKey) -> Iterator[ResourceKey]:
         yield VOLUME

@@ -32,6 +32,7 @@ from functools import partial
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
+from coalestra._endings import pass_on
 from coalestra._lockfree import LONGEST_WAIT_SECONDS, after_fork
 from coalestra.core.validation import number
 
@@ -196,7 +197,8 @@ class WorkerThreads:
 
         ``label`` is the name under which `busy` counts it, by default the function's own;
         ``or_here`` lets the function be called here where no thread can be had. Raises RuntimeError
-        if the threads are closed, or no thread can be had, or whatever the function raised.
+        if the threads are closed, or no thread can be had, or whatever the function raised. What
+        ends the program is passed on to it if the caller was cancelled.
         """
         label = label or getattr(function, "__qualname__", type(function).__qualname__)
         job = self.start(partial(function, *arguments), label, or_here=or_here)
@@ -212,6 +214,8 @@ class WorkerThreads:
                 cancellation = error
         if cancellation is not None:
             try:
+                if job.error is not None:
+                    pass_on(job.error)
                 raise cancellation
             finally:
                 cancellation = None
