@@ -458,23 +458,6 @@ def test_tuples_nested_beyond_reason_are_copied_without_recursion(copies: Payloa
     assert depth == 5_000
 
 
-class Registered:
-    """Copied as the registry says."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-copyreg.pickle(Registered, lambda _: (Registered, ("registered",)))
-
-
-async def test_the_copy_registry_is_asked(copies: PayloadCopies) -> None:
-    """``copy.deepcopy`` asks it as well."""
-    payload, kind = await seal(copies, [Registered("given")])
-    assert payload[0].text == "registered"
-    assert (await unseal(copies, payload, kind))[0].text == "registered"
-
-
 def test_nesting_is_bounded_by_memory_and_not_by_the_stack() -> None:
     """``copy.deepcopy`` itself gives up at a few hundred levels."""
     value: list[Any] = []
@@ -834,12 +817,6 @@ class TestPayloadIsolator:
         assert PayloadIsolator().uses_default_copier
         assert PayloadIsolator(deepcopy_payload).uses_default_copier
         assert not PayloadIsolator(copy.deepcopy).uses_default_copier
-
-    def test_a_failure_names_context_and_type(self) -> None:
-        """As everywhere."""
-        with pytest.raises(PayloadIsolationError) as caught:
-            PayloadIsolator().copy(Stubborn(), context="here")
-        assert (caught.value.context, caught.value.value_type) == ("here", "Stubborn")
 
     def test_metadata_comes_back_as_a_dictionary_of_its_own(self) -> None:
         """Even where a copier for payloads would not understand it."""

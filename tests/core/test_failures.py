@@ -36,12 +36,6 @@ def test_a_cut_message_never_exceeds_its_limit(limit: int, line: str) -> None:
     assert folded_message("abcdefg", limit) == line
 
 
-@pytest.mark.parametrize("limit, kind", [(0, ValueError), (-1, ValueError), (1.5, TypeError)])
-def test_a_limit_must_be_a_count_of_at_least_one(limit: int, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="max_message_length"):
-        folded_message("abc", limit)
-
-
 def test_a_failure_reads_as_source_type_message_and_attempts() -> None:
     assert SourceFailure("rest", "OSError", "no\nroute", 2).format() == (
         "rest: OSError(no route; attempts=2)"

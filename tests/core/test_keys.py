@@ -347,24 +347,18 @@ class TestQualifiers:
         assert key.qualifier("depth") is None
         assert key.qualifier("depth", "5") == "5"
 
-    def test_new_ones_replace_old_ones_of_the_same_name(self) -> None:
+    def test_new_ones_replace_old_ones_of_the_same_name_and_the_last_one_counts(self) -> None:
         key = KEY.with_qualifiers({"depth": 7}, side="bid")
         assert key.qualifiers == (("depth", "7"), ("side", "bid"), ("venue", "x"))
-
-    def test_those_given_by_keyword_replace_those_given_as_a_mapping(self) -> None:
         assert KEY.with_qualifiers({"depth": 7}, depth=8).qualifier("depth") == "8"
-
-    def test_none_given_changes_nothing(self) -> None:
         assert KEY.with_qualifiers() == KEY
 
     def test_two_new_ones_of_one_name_are_a_value_error(self) -> None:
         with pytest.raises(ValueError, match="different names"):
             ResourceKey.legacy("n", "k").with_qualifiers(A=1, a=2)
 
-    def test_named_ones_are_left_out_and_unknown_names_do_not_matter(self) -> None:
+    def test_named_ones_are_left_out_or_all_and_unknown_names_do_not_matter(self) -> None:
         assert KEY.without_qualifiers("depth", "unknown").qualifiers == (("venue", "x"),)
-
-    def test_all_are_left_out_if_none_is_named(self) -> None:
         assert KEY.without_qualifiers() == ResourceKey("market", "price", "BTC")
 
     @pytest.mark.parametrize(

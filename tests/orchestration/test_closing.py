@@ -73,6 +73,13 @@ class Parts(Single):
         self.ends += 1
 
 
+class Hanging(Single):
+    """A source whose closing never ends."""
+
+    async def aclose(self) -> None:
+        await asyncio.Event().wait()
+
+
 # A sink is closed after its last record -----------------------------------------------------------
 
 
@@ -122,10 +129,6 @@ async def test_a_refresh_that_hangs_is_waited_for_cancelled_and_named() -> None:
 
 
 async def test_a_managed_part_whose_closing_hangs_hinders_no_other_and_is_named() -> None:
-    class Hanging(Parts):
-        async def aclose(self) -> None:
-            await asyncio.Event().wait()
-
     class Blocking(Single):
         gate = ThreadGate()
 
@@ -180,10 +183,6 @@ async def test_a_time_for_all_of_it_bounds_every_stage() -> None:
 
 
 async def test_a_time_for_all_of_it_is_no_time_for_each_managed_part() -> None:
-    class Hanging(Parts):
-        async def aclose(self) -> None:
-            await asyncio.Event().wait()
-
     last = Parts("l")
     parts = [Hanging(f"k{number}") for number in range(5)]
     building = builder(*parts, last, manage_lifecycle=True)

@@ -164,13 +164,6 @@ async def test_a_stale_answer_of_a_source_stands_in_at_the_deadline() -> None:
     await settle()
 
 
-async def test_a_call_under_the_deadline_is_not_a_circuit_failure() -> None:
-    building = builder(Single("x", fetch=latency(50)))
-    for _ in range(5):
-        await building.build([X], strict=False, deadline_seconds=1)
-    assert (await building.health_snapshot()).circuits == {}
-
-
 # Added: threads, copies, ends of stages, callers with different deadlines
 
 

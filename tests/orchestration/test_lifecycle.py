@@ -149,16 +149,19 @@ class Parts:
             raise error
 
 
-async def test_managed_parts_are_all_closed_if_some_fail_and_the_first_error_is_raised() -> None:
+@pytest.mark.parametrize("second, raised", [(OSError, ValueError), (SystemExit, SystemExit)])
+async def test_managed_parts_are_all_closed_and_the_first_error_is_raised_or_what_ends_the_program(
+    second: type[BaseException], raised: type[BaseException]
+) -> None:
     parts = Parts()
     sources = [
         parts.part("a", ValueError("first")),
         parts.part("b", plain=True),
-        parts.part("c", OSError("second"), plain=True),
+        parts.part("c", second("second"), plain=True),
         parts.part("d"),
     ]
     building = builder(*sources, manage_lifecycle=True)
-    with pytest.raises(ValueError, match="first"):
+    with pytest.raises(raised):
         await building.aclose()
     assert parts.closed == ["a", "b", "c", "d"]
 
@@ -171,15 +174,6 @@ class BlockingSink:
 
     def emit(self, event_type: str, **payload: Any) -> None:
         self.gate.pass_()
-
-
-async def test_what_ends_the_program_goes_before_whatever_else_closing_has_met() -> None:
-    parts = Parts()
-    sources = parts.part("a", ValueError("first")), parts.part("b", SystemExit(3), plain=True)
-    building = builder(*sources, manage_lifecycle=True)
-    with pytest.raises(SystemExit):
-        await building.aclose()
-    assert parts.closed == ["a", "b"]
 
 
 async def test_a_stuck_copy_and_a_stuck_sink_hinder_no_later_stage_and_the_copy_is_told() -> None:

@@ -234,16 +234,6 @@ async def test_an_earlier_failure_of_another_key_stays_and_does_not_matter() -> 
     assert list(session.snapshot().errors) == [OTHER]
 
 
-async def test_a_payload_that_cannot_be_copied_keeps_everything_as_it_was() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, TOP)
-    before = session.snapshot()
-    shop.stock.change(base=(each for each in [1]))
-    with pytest.raises(SnapshotBuildError, match="PayloadIsolationError"):
-        await session.revalidate([BASE], force_refresh=True)
-    assert unchanged(session, before)
-
-
 async def test_a_new_value_that_cannot_be_delivered_keeps_everything_as_it_was() -> None:
     class Once:
         """Can be copied on the way in, but not on the way out."""
@@ -356,21 +346,6 @@ async def test_arguments_of_the_wrong_type_are_named(argument: str) -> None:
 
 
 # Deadlines
-
-
-async def test_the_deadline_while_the_source_is_asked_changes_nothing() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, TOP, deadline_seconds=5)
-    before = session.snapshot()
-    gate = Gate()
-    shop.stock.before = gate.pass_
-    with pytest.raises(SnapshotBuildError) as caught:
-        await session.revalidate([BASE], force_refresh=True)
-    assert "SnapshotDeadlineExceededError" in str(caught.value)
-    assert caught.value.snapshot is not None
-    assert shown(caught.value.snapshot) == shown(before)
-    assert unchanged(session, before)
-    gate.open()
 
 
 async def test_the_deadline_during_the_delivery_copy_blames_what_was_to_be_replaced() -> None:

@@ -375,6 +375,13 @@ class Refreshed:
             await self.builder.wait_for_refreshes()
         return value.refresh
 
+    async def fail(self) -> None:
+        """Grow old as the source goes down, and be refreshed in vain."""
+        await self.state()
+        self.down = ConnectionError("no route")
+        self.clock.advance(20)
+        await self.state()
+
     async def failing(self) -> int:
         return (await self.builder.health_snapshot()).failing_refreshes
 
@@ -403,10 +410,7 @@ async def test_a_stale_value_says_whether_it_is_being_refreshed_or_its_source_is
 
 async def test_it_is_no_longer_failing_once_a_refresh_has_succeeded() -> None:
     it = Refreshed()
-    await it.state()
-    it.down = ConnectionError("no route")
-    it.clock.advance(20)
-    await it.state()
+    await it.fail()
     it.down = None
     assert await it.state() is FAILING, "the next one is under way, and not yet there"
     assert await it.state() is NOTHING
@@ -417,10 +421,7 @@ async def test_it_is_no_longer_failing_once_a_refresh_has_succeeded() -> None:
 
 async def test_of_a_value_that_was_cleared_away_no_refresh_is_failing() -> None:
     it = Refreshed()
-    await it.state()
-    it.down = ConnectionError("no route")
-    it.clock.advance(20)
-    await it.state()
+    await it.fail()
     assert await it.failing() == 1
     await it.builder.publisher.cache.clear()
     assert await it.failing() == 0
@@ -429,10 +430,7 @@ async def test_of_a_value_that_was_cleared_away_no_refresh_is_failing() -> None:
 async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
     for renew in ("publish", "force", "build"):
         it = Refreshed()
-        await it.state()
-        it.down = ConnectionError("no route")
-        it.clock.advance(20)
-        await it.state()
+        await it.fail()
         it.down = None
         if renew == "publish":
             await it.builder.publisher.publish(X, "event", source="stream")
