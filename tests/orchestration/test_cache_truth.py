@@ -22,7 +22,16 @@ from coalestra.concurrency import pace
 from coalestra.orchestration import calls, deliveries, singleflight
 from tests.contracts.caches import BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
+from tests.orchestration.scripted import (
+    Batch,
+    Derived,
+    Scripted,
+    Single,
+    builder,
+    held_at,
+    key,
+    latency,
+)
 from tests.support import Gate, begun, settle
 
 pytestmark = pytest.mark.concurrency
@@ -338,6 +347,18 @@ async def test_who_waits_for_one_half_of_a_publication_sees_the_other_too(
     assert [value.value for value in snapshot.values()] == [expected[name] for name in names]
     assert (await building.build([key("sum")])).value(key("sum")) == (2, 2)
     assert len(derived.calls) == 1
+
+
+async def test_who_gets_one_half_of_a_publication_at_his_deadline_gets_the_other_too() -> None:
+    a, b, c = (key(name) for name in "abc")
+    building = builder(Single("slow", "b", "c", fetch=latency(10)))
+    await building.publisher.publish(a, 1, source="news")
+    reader = asyncio.ensure_future(building.build([a, b, c], strict=False, deadline_seconds=2))
+    await asyncio.sleep(1)
+    await building.publisher.publish_many([ResourceUpdate(k, 2, "news") for k in (a, b)])
+    snapshot = await reader
+    assert {k: value.value for k, value in snapshot.items()} == {a: 2, b: 2}
+    assert list(snapshot.errors) == [c]
 
 
 async def test_what_is_pinned_or_read_anew_gives_way_to_no_publication() -> None:

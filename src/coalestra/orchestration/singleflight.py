@@ -1378,6 +1378,8 @@ class SingleFlight:
                     self._strike_key(gather, key, pending.pop(key, None), ends.get(key))
             if len(keys) == _KEYS_PER_STEP:
                 yield
+        if gather.told != self._told:
+            yield from self._take_news(gather)
         odd: Collection[ResourceKey] = ()
         gather.agreed = None
         while not gather.agrees:
