@@ -25,58 +25,6 @@ _NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tu
 """What callables most often return; for others it takes a closer look."""
 
 
-class Invocation:
-    """One callable of an adapter, and how to call it: here, or in a worker thread.
-
-    Its role is what messages call it, such as ``fetcher of source 'rest'``.
-    """
-
-    __slots__ = ("_function", "_label", "_role", "in_thread")
-
-    def __init__(
-        self, function: Callable[..., Any], *, source: str, parameter: str, in_thread: bool
-    ) -> None:
-        self._function = validation.callable_(parameter, function)
-        self._label = source
-        self._role = f"{parameter} of source {source!r}"
-        self.in_thread: bool = in_thread and not validation.is_coroutine_function(function)
-
-    async def call(self, *arguments: Any) -> Any:
-        """Return the result, awaited if it is awaitable."""
-        if self.in_thread:
-            result = await self._call_in_thread(arguments)
-        else:
-            result = self._function(*arguments)
-        if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
-            return result
-        return await result
-
-    def answer_now(self, *arguments: Any) -> Any:
-        """Return the result of a callable that has to be plain; an awaitable is a `TypeError`."""
-        result = self._function(*arguments)
-        if type(result) not in _NOT_AWAITABLE and inspect.isawaitable(result):
-            _discard(result)
-            raise TypeError(f"{self._role} must be a plain function, got one that is async")
-        return result
-
-    async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
-        returned: list[Any] = []
-
-        def call() -> None:
-            returned.append(self._function(*arguments))
-
-        try:
-            await threads_of_context().run(call, label=self._label)
-        except asyncio.CancelledError:
-            for each in returned:
-                _discard(each)
-            raise
-        return returned.pop()
-
-    def __repr__(self) -> str:
-        return f"<Invocation {self._role} in_thread={self.in_thread}>"
-
-
 def _discard(result: Any) -> None:
     """Close a coroutine that nobody is going to await."""
     if inspect.iscoroutine(result):
@@ -141,23 +89,52 @@ class CallableAdapter(AdapterSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._invocation = Invocation(
-            getattr(self, self._called),
-            source=self.name,
-            parameter=self._called,
-            in_thread=self.run_sync_in_thread,
-        )
-        self.blocking_io_offloaded: bool = self._invocation.in_thread
+        function = validation.callable_(self._called, getattr(self, self._called))
+        self._function: Callable[..., Any] = function
+        self._in_thread = self.run_sync_in_thread and not validation.is_coroutine_function(function)
+        self.blocking_io_offloaded: bool = self._in_thread
         self._supports = self._asked_by("supports")
 
-    def _asked_by(self, method: str) -> Invocation:
+    def _asked_by(self, method: str) -> Callable[[ResourceKey], Any]:
         """Return the plain function that is given under the name of the method that asks it."""
-        function = validation.plain_function(method, vars(self).pop(method))
-        return Invocation(function, source=self.name, parameter=method, in_thread=False)
+        function: Callable[[ResourceKey], Any] = vars(self).pop(method)
+        return validation.plain_function(method, function)
+
+    def _plain(self, method: str, answer: Any) -> Any:
+        """Return what a plain function has answered; an awaitable is a `TypeError`."""
+        if type(answer) not in _NOT_AWAITABLE and inspect.isawaitable(answer):
+            _discard(answer)
+            role = f"{method} of source {self.name!r}"
+            raise TypeError(f"{role} must be a plain function, got one that is async")
+        return answer
+
+    async def _call(self, *arguments: Any) -> Any:
+        """Return what the function returns, awaited if it is awaitable."""
+        if self._in_thread:
+            result = await self._call_in_thread(arguments)
+        else:
+            result = self._function(*arguments)
+        if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
+            return result
+        return await result
+
+    async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
+        returned: list[Any] = []
+
+        def call() -> None:
+            returned.append(self._function(*arguments))
+
+        try:
+            await threads_of_context().run(call, label=self.name)
+        except asyncio.CancelledError:
+            for each in returned:
+                _discard(each)
+            raise
+        return returned.pop()
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""
-        return bool(self._supports.answer_now(key))
+        return bool(self._plain("supports", self._supports(key)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, priority={self.priority!r})"
@@ -186,7 +163,7 @@ class CallableSource(CallableAdapter):
 
     async def fetch(self, key: ResourceKey, context: FetchContext) -> SourcePayload[Any]:
         """Return what the fetcher returns for `key`, as a payload."""
-        return as_payload(await self._invocation.call(key, context))
+        return as_payload(await self._call(key, context))
 
 
 BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContext], Any]
@@ -207,7 +184,7 @@ class CallableBatchSource(CallableAdapter):
         self, keys: Collection[ResourceKey], context: FetchContext
     ) -> Mapping[ResourceKey, SourcePayload[Any]]:
         """Return what the fetcher returns for `keys`, every value as a payload."""
-        result = await self._invocation.call(keys, context)
+        result = await self._call(keys, context)
         if type(result) is dict and _PAYLOADS_ONLY.issuperset(map(type, result.values())):
             return result.copy()
         if not isinstance(result, Mapping):  # which the builder refuses
@@ -266,7 +243,7 @@ class CallableDerivedSource(CallableAdapter, DerivedSettings):
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""
-        declared: Any = self._dependencies.answer_now(key)
+        declared = self._plain("dependencies", self._dependencies(key))
         if isinstance(declared, (tuple, list, Collection)) or not isinstance(declared, Iterable):
             return declared
         return tuple(declared)
@@ -275,7 +252,7 @@ class CallableDerivedSource(CallableAdapter, DerivedSettings):
         self, key: ResourceKey, dependencies: Snapshot, context: FetchContext
     ) -> SourcePayload[Any]:
         """Return what the deriver computes for `key` from `dependencies`, as a payload."""
-        return as_payload(await self._invocation.call(key, dependencies, context))
+        return as_payload(await self._call(key, dependencies, context))
 
 
 # What Python says of a wrong argument names the class that was called.

@@ -14,7 +14,6 @@ from coalestra.adapters import (
     CallableBatchSource,
     CallableDerivedSource,
     CallableSource,
-    Invocation,
 )
 from coalestra.core.health import SourceTimeoutGuaranteeStatus, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
@@ -245,5 +244,3 @@ async def test_a_mapping_that_changes_while_it_is_taken_over_does_no_harm() -> N
 
 def test_the_representations_name_the_source() -> None:
     assert repr(adapter("single", function)) == "CallableSource(name='rest', priority=10)"
-    invocation = Invocation(function, source="rest", parameter="fetcher", in_thread=True)
-    assert repr(invocation) == "<Invocation fetcher of source 'rest' in_thread=True>"
