@@ -21,6 +21,7 @@ from redis.exceptions import ConnectionError as NotConnected
 
 from coalestra import ResourceKey, SnapshotBuilder
 from coalestra.redis import MessagePackCodec, RedisCache, SharedCacheUnavailableError
+from coalestra.redis.scripts import name_of
 from tests.redis.servers import Server, free_port, running
 from tests.redis.stock import (
     PATIENT_SECONDS,
@@ -248,6 +249,48 @@ async def test_a_question_that_arrives_late_is_granted_no_lease(
         assert server.command("DBSIZE").startswith(b":0")
         assert (await leased(other))[A].lease is not None
         assert (await leased(cache, (B,)))[B].lease is not None  # as the clock is known again
+
+
+# With connections that break ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["publish", "fulfil", "invalidate"])
+async def test_a_change_whose_answer_was_lost_is_made_once_and_told(
+    caches: Caches, server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """It is sent again; what others began meanwhile goes on."""
+    async with caches(2) as [one, other]:
+        told = Told()
+        other.subscribe(told)
+        await read(other)
+        await until(other.caught_up)
+        await other.set(value_of(B))
+        await other.invalidate(B)  # so that the server knows both scripts
+        held, sent = await lease(one), value_of()
+        pipelined, taken = one._server._pipelined, list[Any]()
+
+        async def cut_off(*terms: Any) -> Any:
+            answers = await pipelined(*terms)
+            if not taken:
+                taken.append(await lease(other, force=True))
+                raise NotConnected("cut off by the test")
+            return answers
+
+        monkeypatch.setattr(one._server, "_pipelined", cut_off)
+        if change == "invalidate":
+            await one.invalidate(A)
+            await until(lambda: (A, None) in told.changes)
+            assert await read(other) is None
+        else:
+            if change == "publish":
+                assert (await one.set_if_newer(sent)).stored
+            else:
+                outcome = await one.fulfil_many({held: sent}, policies={A: POLICY})
+                assert outcome[A].stored  # type: ignore[union-attr]  # no error
+            await until(lambda: (A, sent.version) in told.changes)
+            assert await read(other) == 1
+            assert not server.command("PTTL", name_of(prefix, A)).startswith(b":-")
+        assert (await fulfil(other, taken[0], 2)).stored is (change == "fulfil")
 
 
 # Replicas -------------------------------------------------------------------------------------
