@@ -3,8 +3,8 @@
 Laws of calls:
 
 1. A call takes no longer than the time limit, whatever the server, the network or the client does,
-   from its turn on. Of a burst, each call that has ended lets in another two, until there are as
-   many connections as there may be.
+   from its turn on. A burst waits for connections, of which one more is opened whenever those that
+   there are have had a call each.
 2. After a few failures in a row calls are refused at once; one probe at a time finds out whether
    the server is back.
 3. What fails raises `SharedCacheUnavailableError`; what a script is refused is among its answers.
@@ -74,8 +74,8 @@ _CIRCUIT: Final = CircuitBreakerPolicy(failure_threshold=3, recovery_timeout_sec
 _BYTES: Final[dict[str, Any]] = {NEVER_DECODE: True}
 _MEASUREMENT_HOLDS_SECONDS: Final = 60.0
 _CLOSED_CONNECTIONS: Final = 3
-_MOST_CALLS: Final = 4
-"""So many connections keep an event loop busy. To open one with TLS may hold it up for 0.1 s."""
+_MOST_CALLS: Final = 8
+"""So many connections keep an event loop busy; to open one with TLS holds it up for 20 ms."""
 _SCAN_SECONDS: Final = 30.0
 _LAST_LOOK: Final = 0.2
 """The part of the time limit that is there to look at the answer only."""
@@ -123,7 +123,7 @@ class Server:
         settings = client.connection_kwargs if self.is_cluster else vars(client.connection_pool)
         most = settings.get("max_connections", _MOST_CALLS)
         self._connections = CapacityLimiter(min(most, _MOST_CALLS))
-        self._unopened = self._connections.limit - 1
+        self._unopened, self._ended = self._connections.limit - 1, 0
         for _ in range(self._unopened):
             self._connections.try_acquire()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -294,7 +294,9 @@ class Server:
 
     def _give_back(self, connections: CapacityLimiter) -> None:
         connections.release()
-        if self._unopened and connections is self._connections:
+        self._ended += 1
+        if self._unopened and self._ended >= connections.limit - self._unopened:
+            self._ended = 0
             self._unopened -= 1
             connections.release()
 
