@@ -5,7 +5,6 @@ Whatever they raise is the builder's to judge, as of any source.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +22,6 @@ from coalestra.resilience import SourceResiliencePolicy
 
 _NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tuple, type(None)})
 """What callables most often return; for others it takes a closer look."""
-
-
-def _discard(result: Any) -> None:
-    """Close a coroutine that nobody is going to await."""
-    if inspect.iscoroutine(result):
-        result.close()
 
 
 SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
@@ -103,7 +96,8 @@ class CallableAdapter(AdapterSettings):
     def _plain(self, method: str, answer: Any) -> Any:
         """Return what a plain function has answered; an awaitable is a `TypeError`."""
         if type(answer) not in _NOT_AWAITABLE and inspect.isawaitable(answer):
-            _discard(answer)
+            if inspect.iscoroutine(answer):
+                answer.close()  # nobody is going to await it
             role = f"{method} of source {self.name!r}"
             raise TypeError(f"{role} must be a plain function, got one that is async")
         return answer
@@ -111,26 +105,13 @@ class CallableAdapter(AdapterSettings):
     async def _call(self, *arguments: Any) -> Any:
         """Return what the function returns, awaited if it is awaitable."""
         if self._in_thread:
-            result = await self._call_in_thread(arguments)
+            run = threads_of_context().run
+            result = await run(self._function, *arguments, label=self.name)
         else:
             result = self._function(*arguments)
         if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
             return result
         return await result
-
-    async def _call_in_thread(self, arguments: tuple[Any, ...]) -> Any:
-        returned: list[Any] = []
-
-        def call() -> None:
-            returned.append(self._function(*arguments))
-
-        try:
-            await threads_of_context().run(call, label=self.name)
-        except asyncio.CancelledError:
-            for each in returned:
-                _discard(each)
-            raise
-        return returned.pop()
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""

@@ -114,6 +114,13 @@ class Job(Generic[R]):
         finally:
             error = None
 
+    def drop(self) -> None:
+        """Let go of an outcome that nobody takes: of no error that ends the program, though."""
+        if inspect.iscoroutine(self._result):
+            self._result.close()
+        if self.error is not None:
+            pass_on(self.error)
+
 
 class _Worker:
     """One thread and its letter box; None in the box ends it."""
@@ -214,8 +221,7 @@ class WorkerThreads:
                 cancellation = error
         if cancellation is not None:
             try:
-                if job.error is not None:
-                    pass_on(job.error)
+                job.drop()
                 raise cancellation
             finally:
                 cancellation = None
