@@ -292,6 +292,21 @@ def test_a_misspelt_name_of_source_among_policies_is_told(caplog: pytest.LogCapt
     assert caplog.messages == [told]
 
 
+def test_a_circuit_policy_that_another_one_takes_the_place_of_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A breaker keeps the circuits in any case; its thresholds are what would be without effect."""
+    strict = CircuitBreaker(failure_threshold=1)
+    made(circuit_breaker=strict)
+    made(default_resilience=SourceResiliencePolicy(circuit=strict.default_policy))
+    made(circuit_breaker=CircuitBreaker(), default_resilience=RESILIENCE)
+    assert not caplog.messages
+    made(circuit_breaker=strict, default_resilience=RESILIENCE)
+    made(circuit_breaker=strict, resilience_resolver=ResiliencePolicyResolver())
+    assert len(caplog.messages) == 2
+    assert all("the policy of circuit_breaker is not used" in each for each in caplog.messages)
+
+
 @pytest.mark.parametrize(
     "settings", [{"cache_run_payload_copies_in_thread": False}, {"cache_max_copy_concurrency": 2}]
 )

@@ -41,6 +41,7 @@ from coalestra.orchestration.sources import Chains, Link
 from coalestra.orchestration.tracing import Tracing
 from coalestra.resilience import (
     CircuitBreaker,
+    CircuitBreakerPolicy,
     ResiliencePolicyResolver,
     RetryPolicy,
     SourceResiliencePolicy,
@@ -333,6 +334,9 @@ class SnapshotBuilder(BuilderArguments):
         self._use_unless_given(default_resilience=resilience)
         resolver = ResiliencePolicyResolver(self.default_resilience, self.source_resilience)
         self._use_unless_given(resilience_resolver=resolver)
+        given, used = self.circuit_breaker.default_policy, self.resilience_resolver.default.circuit
+        if given not in (used, CircuitBreakerPolicy()):
+            LOGGER.warning("the policy of circuit_breaker is not used, as another takes its place")
         self._use(retry_policy=self.resilience_resolver.default.retry)
         self.capacity: CapacityController = _capacity(chains.links, self)
         parts = self._parts(chains)
