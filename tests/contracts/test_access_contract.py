@@ -62,6 +62,22 @@ async def test_a_status_that_is_a_bare_text_is_an_error_that_says_so() -> None:
         await write(access, revision_of(A))
 
 
+@pytest.mark.parametrize("answers", [
+    None, {}, {A: "stored"}, {A: CacheWriteResult(CacheWriteStatus.IGNORED_OLDER, value_of(B))},
+])  # fmt: skip
+async def test_nonsense_about_what_was_acquired_under_a_lease_is_told_and_given_to_nobody(
+    answers: Any,
+) -> None:
+    class Odd(LeasingCache):
+        async def fulfil_many(self, *_: object, **terms: Any) -> Any:
+            return answers
+
+    access, revision = access_over(Odd()), revision_of(A)
+    terms = Terms({A: POLICY}, NOW, leases={A: Lease(A, "one")})
+    outcomes, failures = await access.write({A: revision}, terms)
+    assert (outcomes, [*failures]) == ({}, [A])
+
+
 @pytest.mark.parametrize("previous", [value_of(B), "junk", 5])
 async def test_what_cannot_have_been_there_before_is_nobodys_previous_value(previous: Any) -> None:
     stored = CacheWriteStatus.STORED

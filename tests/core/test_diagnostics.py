@@ -37,6 +37,11 @@ def test_what_is_no_counter_cannot_be_counted() -> None:
         DiagnosticsRecorder().cache_hit += 1
 
 
+def test_a_fresh_recorder_reports_default_diagnostics() -> None:
+    assert reported(DiagnosticsRecorder()) == SnapshotDiagnostics()
+    assert snapshot_of("id", 1.0, EMPTY).diagnostics == SnapshotDiagnostics()
+
+
 def test_what_is_reported_counts_no_further() -> None:
     recorder = DiagnosticsRecorder()
     recorder.source_calls += 2
