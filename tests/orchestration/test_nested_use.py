@@ -615,6 +615,44 @@ def test_two_loops_whose_only_slots_are_held_by_who_asks_the_other_wait_for_none
     assert [each.value(INNER) for each in snapshots] == [1, 1]
 
 
+def test_a_worker_whose_source_comes_to_wait_upon_another_loop_makes_room_for_another() -> None:
+    """What is queued behind it may be what it waits for, by way of that loop."""
+    first, behind, asker, between = (key(name) for name in ("first", "behind", "asker", "between"))
+    asked = {asker: [first, behind], between: [behind], first: [between]}
+    submitted = threading.Semaphore(0)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        if k in asked:
+            other = there if k is first else here
+            build = other.submit(lambda b: b.build(asked[k]))
+            submitted.release()
+            await asyncio.wrap_future(build)
+        return 1
+
+    here = SyncSnapshotBuilder(
+        builder(Single("here", "first", "behind", fetch=fetch), max_concurrency=1)
+    )
+    there = SyncSnapshotBuilder(builder(Single("there", "asker", "between", fetch=fetch)))
+    held = threading.Event()
+
+    async def hold(_: SnapshotBuilder) -> None:
+        held.wait(20)
+
+    async def build(k: ResourceKey, of: SnapshotBuilder) -> Any:
+        return (await of.build([k])).value(k)
+
+    holding = here.submit(hold)  # so that both are asked for in one turn
+    builds = []
+    for k in (asker, between):
+        builds.append(there.submit(partial(build, k)))
+        assert submitted.acquire(timeout=20)
+    held.set()
+    assert [each.result(20) for each in builds] == [1, 1]
+    holding.result(20)
+    for facade in (here, there):
+        facade.close()
+
+
 def test_a_source_that_waits_on_a_loop_that_is_gone_keeps_nothing_of_it() -> None:
     """Who waits for whom is known over all builders; what nobody runs any more is dropped."""
 

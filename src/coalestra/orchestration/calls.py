@@ -808,6 +808,19 @@ class Call:
             call = call_served(call.work.variables)
         return None
 
+    def ask(self, *gathers: Gather) -> None:
+        """Note what its source waits for, upon whatever loop; tell its lane, upon that of its own.
+
+        A worker of the lane waits then, and what is queued there may be what it waits for.
+        """
+        self.asked.update(dict.fromkeys(gathers))
+        loop = self.loop
+        if loop is not None and loop is not running_loop():
+            with contextlib.suppress(RuntimeError):  # it has been closed
+                loop.call_soon_threadsafe(self.lane.waits)
+        elif loop is not None:
+            self.lane.waits()
+
     @property
     def keys_under_way(self) -> Collection[Flight]:
         """The flights that are not settled yet, none if the call is over."""

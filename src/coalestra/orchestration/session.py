@@ -810,7 +810,8 @@ class Revalidation:
                         path = tuple([flight.key for flight in (*circle, circle[0])])
                         return {key: DependencyCycleError(path) for key in self.named}
                     if turn.stage not in call.asked:
-                        call.asked[turn.stage] = asked[turn.stage] = None
+                        asked[turn.stage] = None
+                        call.ask(turn.stage)
                     if call.keeps_others_waiting and not turn.stage.urgent:
                         self.unit.engine.flights.hurry(turn.stage)
                 until = end if call is None else min(end, now() + LOOK_SECONDS)

@@ -1917,7 +1917,7 @@ class Refresher:
             while awaited := [each for each in awaited if self._keeps(call, each)]:
                 if call is not None:
                     asked |= {each.gather: None for each in awaited if each.gather is not None}
-                    call.asked.update(asked)
+                    call.ask(*asked)
                 ended = [self._end_of(each, call) for each in awaited]
                 await asyncio.wait(ended, timeout=None if call is None else LOOK_SECONDS)
         finally:
@@ -2016,13 +2016,12 @@ class Engine:
 
         It queues for no slot: who holds that may wait, on its own loop, for the one of the call.
         """
-        call.asked[stage] = None
         stage.urgent = True
         own = call.upon(loop)
         if own is not None:
             stage.within = own
             self.flights.board.nest(own)
-            own.lane.waits()
+        call.ask(stage)
         if own is not call:
             stage.look_out(partial(self._look_for_circle, call, stage), ())
 
