@@ -125,6 +125,42 @@ async def test_what_inherits_from_stale_data_does_not_stand_in_where_nothing_sta
     assert X in (await building.build([X], strict=False)).errors
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["memory", "own cache"])
+@pytest.mark.parametrize(
+    "way, is_strict",
+    [("alone", True), ("with others", True), ("with others", False), ("in a session", False)],
+)
+async def test_who_joins_is_served_by_the_policy_that_holds_when_he_comes(
+    own: bool, way: str, is_strict: bool
+) -> None:
+    by_then = FreshnessPolicy(1 if is_strict else 100, 500)
+    policies, gate = [FreshnessPolicy(100 if is_strict else 1, 500)], Gate()
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        await gate.pass_()
+        return SourcePayload(1, building.clock.now() - 10)
+
+    building = builder(
+        Single("source", "x", fetch=fetch),
+        Single("other", "y"),
+        cache=BatchCache() if own else None,
+        policy_resolver=PolicyResolver(by_then, dynamic=lambda _: policies[-1]),
+    )
+    first = await begun(building.build([X]), gate)
+    policies.append(by_then)
+    late: dict[str, Any] = {
+        "alone": lambda: building.build([X]),
+        "with others": lambda: building.build([X, Y]),
+        "in a session": lambda: building.session().resolve([X]),
+    }
+    second = asyncio.ensure_future(late[way]())
+    await asyncio.sleep(1)
+    gate.open()
+    assert (await second)[X].stale == is_strict
+    await first
+    await building.aclose()
+
+
 @pytest.mark.parametrize("forced", [True, False])
 async def test_a_winner_that_inherits_what_is_stale_is_not_delivered_there(forced: bool) -> None:
     """By its own age it would be fresh."""

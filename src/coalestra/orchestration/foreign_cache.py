@@ -64,6 +64,7 @@ class CacheReads:
         read = self._open.get(key)
         if read is None:
             read = self._open[key] = self._begin(key, policy, forced=False)
+        read.policy = policy  # which may be another one by now
         self._wait(gather, read)
         group, leases = read.group, self.parts.access.leases
         if gather.cutoff != math.inf and gather not in group.hurried and not leases:

@@ -38,12 +38,15 @@ class Reading:
     _joined: Reading | None = None
 
     def joined(self) -> Reading:
-        """Return the same reading for all who have joined the flight of another unit of work."""
+        """Return the same reading for all who have joined the flight of another unit of work.
+
+        What counts as fresh may have changed since that began.
+        """
         noted = self._joined
         if noted is None:
             notes = {**self.notes, **_JOINED} if self.notes else _JOINED
             told = self.from_cache, self.stale, notes, self.fallback
-            noted = self._joined = Reading(self.revision, self.ttl_seconds, *told)
+            noted = self._joined = Reading(self.revision, None, *told)
         return noted
 
     def __repr__(self) -> str:

@@ -544,11 +544,13 @@ class SingleFlight:
         flights, work, news, begun = self.board.flights, gather.work, self._news, []
         for key, policy, cached in wanted:
             flight = flights.get(key)
-            if flight is None or not self._join(gather, flight, cached):
-                flight = Flight(key, policy, work, news)
-                if cached is not None:
-                    flight.cached = cached
-                begun.append(flight)
+            if flight is not None and self._join(gather, flight, cached):
+                flight.policy = policy  # which may be another one by now
+                continue
+            flight = Flight(key, policy, work, news)
+            if cached is not None:
+                flight.cached = cached
+            begun.append(flight)
         if gather.forced:
             for flight in begun:
                 flight.forced = flight.key in gather.forced
