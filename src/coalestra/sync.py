@@ -266,7 +266,9 @@ class LoopThread:
             self.require_usable()
             if operation.backlog is not None:
                 operation.backlog.enter(operation)
-            self._enqueue(operation, prepare())
+            work = prepare()
+            self.require_usable()  # it may have been closed meanwhile
+            self._enqueue(operation, work)
         except BaseException:  # an interrupt may come when it is on its way already
             operation.discard()
             raise
@@ -334,7 +336,7 @@ class LoopThread:
     # On the loop ------------------------------------------------------------------------------
 
     def _begin(self, operation: Operation[T], work: Work[T]) -> None:
-        if self._drained and not operation.last:
+        if (self._drained or self._stopped) and not operation.last:
             operation.settle()  # accepted at the very moment of closing
         else:
             operation.begin(work)

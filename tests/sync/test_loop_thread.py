@@ -263,9 +263,13 @@ def test_what_is_broken_off_keeps_its_place_until_it_has_ended(loop_thread: Loop
     backlog.flush(PATIENCE)
 
 
-def test_what_is_accepted_at_the_very_moment_of_closing_is_told(loop_thread: LoopThread) -> None:
+@pytest.mark.parametrize("drained", [True, False])
+def test_what_is_accepted_at_the_very_moment_of_closing_is_told(
+    loop_thread: LoopThread, drained: bool
+) -> None:
     async def stop() -> None:
-        await loop_thread.drain(asyncio.get_running_loop().time(), 1.0)
+        if drained:
+            await loop_thread.drain(asyncio.get_running_loop().time(), 1.0)
         loop_thread.stop()
         late = loop_thread.operation()
         loop_thread._enqueue(late, answer)
