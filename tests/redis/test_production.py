@@ -239,6 +239,30 @@ async def test_who_gives_up_waiting_for_a_connection_takes_none(caches: Caches) 
         await until(lambda: connections.view().in_use == cache._server._unopened)
 
 
+async def test_calls_that_do_not_end_keep_others_waiting_for_a_while_only(
+    server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go, client = asyncio.Event(), Redis.from_url(server.url)
+    cache = RedisCache(client, prefix=prefix, time_limit_seconds=0.02)
+
+    async def cling(*_: Any) -> list[Any]:
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await let_go.wait()
+        return []
+
+    monkeypatch.setattr(cache._server, "_send", cling)
+    reads = [asyncio.ensure_future(read(cache)) for _ in range(20)]
+    _, waiting = await asyncio.wait(reads, timeout=PATIENT_SECONDS)
+    let_go.set()
+    await cache.aclose()
+    await client.aclose()
+    assert not waiting
+    assert all(isinstance(each.exception(), SharedCacheUnavailableError) for each in reads)
+    assert cache.health().refused
+    assert cache._server._connections.view().in_use == cache._server._unopened
+
+
 async def test_a_question_that_arrives_late_is_granted_no_lease(
     caches: Caches, server: Server
 ) -> None:

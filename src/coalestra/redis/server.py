@@ -4,7 +4,8 @@ Laws of calls:
 
 1. A call takes no longer than the time limit, whatever the server, the network or the client does,
    from its turn on. A burst waits for connections, of which one more is opened whenever those that
-   there are have had a call each.
+   there are have had a call each. What does not end, as redis-py may swallow a cancellation, or
+   takes its time, as a scan does, keeps one from others for two time limits at most.
 2. After a few failures in a row calls are refused at once; one probe at a time finds out whether
    the server is back.
 3. What fails raises `SharedCacheUnavailableError`; what a script is refused is among its answers.
@@ -275,7 +276,7 @@ class Server:
             # In a task of its own: redis-py may swallow a cancellation, and must not keep anybody.
             task = asyncio.ensure_future(call())
             look_after(task, self._tasks)  # what it raises is raised where it is waited for
-            task.add_done_callback(lambda _: self._give_back(connections))
+            self._lend(connections, task)
             answer = await self._answer(task, seconds or self.time_limit_seconds)
             outcome = Outcome.SUCCESS
         except SharedCacheUnavailableError as error:
@@ -292,8 +293,19 @@ class Server:
                 circuit.report(outcome, time.monotonic(), self._turns(), _CIRCUIT)
         return answer
 
+    def _lend(self, connections: CapacityLimiter, task: asyncio.Future[Any]) -> None:
+        """Have a connection given back as the call ends, or when others have waited long enough."""
+        loop = asyncio.get_running_loop()
+        over = loop.create_future()
+        over.add_done_callback(lambda _: self._give_back(connections))
+        late = loop.call_later(2 * self.time_limit_seconds, over.cancel)
+        task.add_done_callback(lambda _: over.cancel())
+        task.add_done_callback(lambda _: late.cancel())
+
     def _give_back(self, connections: CapacityLimiter) -> None:
         connections.release()
+        if connections is not self._connections:
+            return  # they were those of another event loop
         self._ended += 1
         if self._unopened and self._ended >= connections.limit - self._unopened:
             self._ended = 0
