@@ -574,8 +574,8 @@ async def test_nobody_joins_what_waits_on_though_what_it_lacked_has_come(through
     late = asyncio.ensure_future(attempt(building, Y))
     await asyncio.sleep(1)
     gate.open()
-    absence(await early, Y)
-    assert (await late).value(Y) == ((("event",), 1) if through else ("event", 1))
+    for reader in (early, late):  # the early one takes what has come, too
+        assert (await reader).value(Y) == ((("event",), 1) if through else ("event", 1))
     assert len(slow.calls) == 1
 
 

@@ -12,6 +12,7 @@ from coalestra import (
     FetchContext,
     FreshnessPolicy,
     RefreshMode,
+    ResourceAbsent,
     ResourceKey,
     ResourceUpdate,
     SnapshotBuilder,
@@ -347,6 +348,20 @@ async def test_who_waits_for_one_half_of_a_publication_sees_the_other_too(
     assert [value.value for value in snapshot.values()] == [expected[name] for name in names]
     assert (await building.build([key("sum")])).value(key("sum")) == (2, 2)
     assert len(derived.calls) == 1
+
+
+@pytest.mark.parametrize("error", [ResourceAbsent("none"), ValueError("broken")], ids=repr)
+async def test_who_had_no_value_of_one_half_of_a_publication_sees_it_too(error: Exception) -> None:
+    async def fail(*_: object) -> None:
+        raise error
+
+    gate = Gate()
+    a, b = (key(name) for name in "ab")
+    building = builder(Single("a", fetch=fail), Single("b", fetch=held_at(gate, 1)))
+    reader = await begun(building.build([a, b], strict=False), gate)
+    await building.publisher.publish_many([ResourceUpdate(k, 2, "news") for k in (a, b)])
+    gate.open()
+    assert {k: value.value for k, value in (await reader).items()} == {a: 2, b: 2}
 
 
 async def test_who_gets_one_half_of_a_publication_at_his_deadline_gets_the_other_too() -> None:

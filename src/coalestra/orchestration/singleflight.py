@@ -1253,8 +1253,7 @@ class SingleFlight:
         now, near, news = self.parts.clock.now(), self.parts.access.near, list[ResourceKey]()
         if near is not None:
             read = [each.revision for each in gather.readings.values()]
-            failed = [key for key, failure in gather.failures.items() if not failure.absent]
-            written = (*near.replaced(read), *failed)
+            written = (*near.replaced(read), *gather.failures)
             stays = (gather.pins, gather.forced)
             news = [k for k in written if k in near and not any(k in each for each in stays)]
         for part in portions(news, _KEYS_PER_STEP):
