@@ -523,6 +523,45 @@ async def test_refreshes_whose_sources_wait_for_each_other_all_end(ends: str) ->
     await building.wait_for_refreshes()
 
 
+@pytest.mark.parametrize("waits_for", ["a turn", "refreshes"])
+async def test_a_worker_whose_source_waits_for_others_makes_room_for_another(
+    waits_for: str,
+) -> None:
+    """What is queued behind it may be what they wait for."""
+    first, behind, asker, old = (key(name) for name in ("first", "behind", "asker", "old"))
+    gate = Gate(opened=True)
+
+    async def fetch(k: ResourceKey, context: FetchContext) -> int:
+        await gate.pass_()
+        if k == asker:
+            await building.build([first, behind])
+        elif k == old and not gate.opened:
+            await building.build([behind])
+        elif k == first and waits_for == "a turn":
+            await session.revalidate([old], strict=False)
+        elif k == first:
+            await building.wait_for_refreshes()
+        return 1
+
+    policy = FreshnessPolicy(5, 100, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
+    source = Single("source", "first", "behind", "asker", "old", fetch=fetch)
+    building = builder(source, max_pending_tasks=1, default_policy=policy)
+    session = building.session()
+    await session.resolve([old])
+    await asyncio.sleep(10)
+    gate.close()
+    asking = await begun(building.build([asker]), gate, 2)
+    if waits_for == "a turn":
+        other = await begun(session.revalidate([old], force_refresh=True), gate, 3)
+    else:
+        other = await begun(building.build([old]), gate, 3)
+    gate.let_through(2)
+    await settle()
+    gate.open()
+    await asyncio.wait_for(asyncio.gather(asking, other), 20)
+    await building.wait_for_refreshes()
+
+
 # Over several event loops ---------------------------------------------------------------------
 
 
