@@ -81,3 +81,16 @@ def test_monotonic_seconds_that_run_back_go_on_from_where_they_were() -> None:
         told.append(clock.monotonic())
         assert clock.now() == moment  # which may be corrected
     assert told == [10.0, 12.0, 12.0, 13.0, 13.0, 13.0, 14.5]
+
+
+def test_a_moment_that_another_thread_was_told_meanwhile_is_no_clock_that_runs_back() -> None:
+    class Overtaken(Telling):
+        def monotonic(self) -> Any:
+            self.moment += 1.0
+            read = self.moment
+            if read == 1.0:  # and before it has returned, another thread asks
+                assert clock.monotonic() == 2.0
+            return read
+
+    clock = checked(Overtaken(0.0))
+    assert [clock.monotonic() for _ in range(3)] == [1.0, 3.0, 4.0]

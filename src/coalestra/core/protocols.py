@@ -60,9 +60,10 @@ class CheckedClock:
 
     def monotonic(self) -> float:
         """Return seconds since some fixed moment."""
+        last = self._last  # as by now: another thread may be told a later moment meanwhile
         seconds = _believed("monotonic", self._clock.monotonic())
-        if seconds < self._last:
-            self._ahead += self._last - seconds
+        if seconds < last:
+            self._ahead += last - seconds
         self._last = seconds
         return seconds + self._ahead
 
