@@ -45,7 +45,7 @@ from coalestra import (
 from coalestra.concurrency import CapacityController
 from coalestra.core import SystemClock
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import Batch, Scripted, Single, key
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, key
 from tests.support import ManualClock
 
 NAN, INF = math.nan, math.inf
@@ -360,6 +360,17 @@ def test_what_a_source_leaves_to_the_protocol_that_it_derives_from_it_does_not_h
 
     with pytest.raises(TypeError, match="source 'idle' offers none of fetch, fetch_many, or"):
         SnapshotBuilder([Eager()])  # type: ignore[abstract]  # that is the point
+
+
+def test_what_a_source_must_answer_at_once_is_no_coroutine() -> None:
+    """It would be told of every key, one by one, and only once it is asked for."""
+    for method in ("supports", "dependencies"):
+        source = Derived("d", needs=lambda _: ())
+        setattr(source, method, LATE.answer)
+        with pytest.raises(
+            TypeError, match=rf"{method}\(\) of source 'd' must be a plain function"
+        ):
+            SnapshotBuilder([source])
 
 
 def test_the_repr_of_a_builder_names_its_sources_in_order() -> None:

@@ -22,7 +22,15 @@ from coalestra.core.health import SourceTimeoutGuarantee, inspect_source_timeout
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source, is_own
 from coalestra.core.snapshot import DiagnosticsRecorder
-from coalestra.core.validation import flag, instance, integer, number, text, wrong_type
+from coalestra.core.validation import (
+    flag,
+    instance,
+    integer,
+    number,
+    plain_function,
+    text,
+    wrong_type,
+)
 from coalestra.resilience import SourceResiliencePolicy
 
 
@@ -88,6 +96,8 @@ class Link:
         self.context: str = f"payload of {self.name}"
         self.kind: SourceKind = kind_of(source)
         derived = self.kind is SourceKind.DERIVED
+        for method in ("supports", "dependencies") if derived else ("supports",):
+            plain_function(f"{method}() of source {self.name!r}", getattr(source, method))
         self.inherits: bool = derived and getattr(source, "inherit_freshness", False)
         self.guarantee: SourceTimeoutGuarantee = inspect_source_timeout_guarantee(source)
         self.protected: bool = self.guarantee.protected
