@@ -364,6 +364,28 @@ async def test_who_had_no_value_of_one_half_of_a_publication_sees_it_too(error: 
     assert {k: value.value for k, value in (await reader).items()} == {a: 2, b: 2}
 
 
+async def test_who_waits_for_one_half_of_an_answer_gets_the_other_too() -> None:
+    rounds, gate, keys = iter(range(9)), Gate(), [key("b", "1"), key("b", "2")]
+
+    class Together(Batch):
+        async def fetch_many(self, keys: Any, context: FetchContext) -> Any:
+            current = next(rounds)
+            if current:
+                await gate.pass_()
+            return dict.fromkeys(keys, current)
+
+    building = builder(Together("b"))
+    session = building.session()
+    await session.resolve(keys)
+    await building.publisher.invalidate(keys[1])
+    writing = await begun(session.revalidate(keys, force_refresh=True), gate)
+    reader = asyncio.ensure_future(building.build(keys))
+    await settle()
+    gate.open()
+    assert [value.value for value in (await reader).values()] == [1, 1]
+    assert [value.value for value in (await writing).values()] == [1, 1]
+
+
 async def test_who_gets_one_half_of_a_publication_at_his_deadline_gets_the_other_too() -> None:
     a, b, c = (key(name) for name in "abc")
     building = builder(Single("slow", "b", "c", fetch=latency(10)))

@@ -302,8 +302,6 @@ class SingleFlight:
         pins = gather.pins
         plain = not (pins or pins.private or gather.forced or gather.refresh)
         size = _KEYS_AT_ONCE if plain else _KEYS_PER_STEP
-        near = self.parts.access.near if len(keys) > size else None
-        state = None if near is None else near.state
         for part in portions(keys, size):
             missed = self._look_for(gather, part, plain)
             for wanted in portions(missed, _KEYS_PER_STEP) if missed else ():
@@ -320,8 +318,6 @@ class SingleFlight:
                 yield
             if not gather.open:
                 break
-        if near is not None and near.state != state:
-            gather.told = -1  # others have written meanwhile
         self._looked(gather)
 
     def _look_for(self, gather: Gather, keys: Collection[ResourceKey], plain: bool) -> list[Wanted]:
@@ -1088,7 +1084,9 @@ class SingleFlight:
         news = publishing or self.board.aside  # where all flights are that there was any of
         special = [None for flight, _ in made if flight.forced or flight.call is not call]
         if not news and not special and store.enter_many(by_key, held, teller=self):
+            self._told += held is not None  # who has read one of them before looks again
             return None
+        self._told += len(made) > 1
         fit: dict[bool, dict[ResourceKey, Revision]] = {False: {}, True: {}}
         for flight, revision in made:
             if (
