@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from typing import Any
 
 import pytest
@@ -50,33 +49,6 @@ async def test_a_release_too_many_is_refused_and_changes_nothing() -> None:
     assert not limiter.try_acquire()
 
 
-@pytest.mark.parametrize("seed", range(20))
-async def test_random_arrivals_cancellations_and_releases_never_lose_a_slot(seed: int) -> None:
-    """After any of many schedules everything is free, and the limit held throughout."""
-    rng = random.Random(seed)
-    limiter, inside = CapacityLimiter(2), 0
-    loop = asyncio.get_running_loop()
-
-    async def work() -> None:
-        nonlocal inside
-        async with limiter.slot():
-            inside += 1
-            assert inside <= 2
-            try:
-                await asyncio.sleep(rng.choice([0, 0, 1]))
-            finally:
-                inside -= 1
-
-    tasks = [loop.create_task(work()) for _ in range(30)]
-    for task in tasks:
-        if rng.random() < 0.5:
-            loop.call_at(loop.time() + rng.choice([0, 1, 1, 2, 3]), task.cancel)
-    await asyncio.wait(tasks)
-    await asyncio.sleep(3)
-    assert all(task.cancelled() or task.exception() is None for task in tasks)
-    assert limiter.view() == CapacitySnapshot(2, 0, 0)
-
-
 # The controller ------------------------------------------------------------------------------
 
 
@@ -84,16 +56,6 @@ async def test_random_arrivals_cancellations_and_releases_never_lose_a_slot(seed
 def test_limits_that_are_none_are_refused_by_name(limits: Any) -> None:
     with pytest.raises(TypeError, match="source_limits"):
         CapacityController(global_limit=1, source_limits=limits)
-
-
-def test_an_explicit_limit_wins_over_what_the_source_declares() -> None:
-    """The builder's settings are the application's word."""
-    controller = CapacityController(global_limit=8, source_limits={"rest": 2})
-    controller.register_source("rest", 5)
-    controller.register_source("db", 4)
-    controller.register_source("free", None)
-    limits = [controller.limit_for(name) for name in ("rest", "db", "free", "unknown")]
-    assert limits == [2, 4, None, None]
 
 
 def test_a_limited_source_may_not_be_named_like_the_global_limit() -> None:
@@ -199,21 +161,4 @@ async def test_who_is_handed_a_slot_of_its_source_is_not_overtaken_globally(wait
     lease.release()
     await asyncio.wait(waiting)
     assert controller.view()["__global__"].in_use == controller.view()["a"].in_use == 0
-    assert controller.holders() == {}
-
-
-async def test_a_slot_is_held_from_when_it_is_handed_over() -> None:
-    """Who asks in the step in which it changes hands is to know whom it waits for."""
-    controller = CapacityController(global_limit=1, source_limits={"price": 1})
-    first = await controller.acquire("reviews")
-    second, third = (asyncio.ensure_future(controller.acquire("price")) for _ in range(2))
-    await settle()
-    assert controller.holders() == {"reviews": 1}, "the second has a slot of its source alone"
-    first.release()
-    assert controller.holders() == {"price": 1}
-    second.cancel()
-    assert controller.holders() == {"price": 1}
-    await asyncio.wait([second])
-    assert controller.holders() == {"price": 1}, "the slot of its source went to the third"
-    (await third).release()
     assert controller.holders() == {}
