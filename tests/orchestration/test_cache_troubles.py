@@ -39,6 +39,7 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import next_version
+from coalestra.orchestration import foreign_cache
 from coalestra.orchestration.singleflight import SingleFlight
 from tests.contracts.caches import (
     FOREIGN,
@@ -1058,6 +1059,18 @@ async def test_the_answers_of_a_cache_are_passed_on_in_portions(
     await building.build([key("b", str(number)) for number in range(1_000)])
     assert answered.total() == 1_000
     assert max(answered.values()) <= 32
+
+
+async def test_what_fails_as_the_first_is_about_to_ask_keeps_nobody_from_asking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    building = builder(Batch("b"), cache=BatchCache())
+    with monkeypatch.context() as failing:
+        failing.setattr(foreign_cache, "Read", None)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # which is told
+        snapshot = await building.build(KEYS, strict=False)
+        assert set(snapshot.errors) == set(KEYS)
+    assert (await asyncio.wait_for(building.build(KEYS), 5)).complete
 
 
 class Copier:

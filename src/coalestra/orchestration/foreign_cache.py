@@ -135,7 +135,7 @@ class CacheReads:
 
         So what was written together is seen together; of very much, only what goes in one call.
         """
-        waits = any(gather.open for gather in group.reads[0].waiters)
+        waits = any(gather.open for read in group.reads[:1] for gather in read.waiters)
         if waits and len(group.reads) < _ANSWERS_AT_ONCE:
             asyncio.get_running_loop().call_soon(self._send, group)
             return
