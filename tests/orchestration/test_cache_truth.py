@@ -398,6 +398,16 @@ async def test_who_gets_one_half_of_a_publication_at_his_deadline_gets_the_other
     assert list(snapshot.errors) == [c]
 
 
+async def test_whose_time_was_over_before_he_began_gets_nothing_that_was_published_either() -> None:
+    building = builder(Batch("b"))
+    some = [key("b", "1"), key("b", "2")]
+    await building.build(some)
+    await building.publisher.publish_many([ResourceUpdate(k, 2, "news") for k in some])
+    session = building.session(deadline_seconds=1)
+    await asyncio.sleep(2)
+    assert len((await session.resolve(some, strict=False)).errors) == 2
+
+
 async def test_what_is_pinned_or_read_anew_gives_way_to_no_publication() -> None:
     gate = Gate()
     a, b, c = (key(name) for name in "abc")

@@ -1377,7 +1377,7 @@ class SingleFlight:
                     self._strike_key(gather, key, pending.pop(key, None), ends.get(key))
             if len(keys) == _KEYS_PER_STEP:
                 yield
-        if gather.told != self._told:
+        if gather.told != self._told and gather.readings:
             yield from self._take_news(gather)
         odd: Collection[ResourceKey] = ()
         gather.agreed = None
