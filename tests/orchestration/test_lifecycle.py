@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable, Coroutine
+import types
+from collections.abc import Callable, Coroutine, Generator
 from functools import partial
 from typing import Any
 
@@ -317,10 +318,16 @@ async def test_aclose_goes_before_close_and_a_part_without_either_is_left_alone(
         def aclose(self) -> None:
             calls.append("plain aclose")
 
-    parts = Both("k"), Later("l"), Plain("p"), Single("m")
+    class Generating(Single):
+        @types.coroutine
+        def aclose(self) -> Generator[Any, Any, None]:
+            yield
+            calls.append("generating aclose")
+
+    parts = Both("k"), Later("l"), Plain("p"), Single("m"), Generating("g")
     building = builder(*parts, manage_lifecycle=True)
     await building.aclose()
-    assert calls == ["aclose", "async close", "plain aclose"]
+    assert calls == ["aclose", "async close", "plain aclose", "generating aclose"]
 
 
 # From one event loop to the next

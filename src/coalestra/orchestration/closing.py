@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -292,5 +293,5 @@ def _closing_of(part: Any) -> tuple[Callable[[], Any] | None, bool]:
 
 async def _awaited(close: Callable[[], Any]) -> None:
     ended = close()
-    if hasattr(ended, "__await__"):
+    if inspect.isawaitable(ended):
         await ended
