@@ -51,7 +51,16 @@ from tests.contracts.caches import (
 )
 from tests.contracts.samples import value_of
 from tests.observability.recording import Recorder
-from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, key, latency
+from tests.orchestration.scripted import (
+    LASTING,
+    Batch,
+    Derived,
+    Single,
+    builder,
+    held_at,
+    key,
+    latency,
+)
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import Gate, LoopClock, begun, cancel_at_every_await, drop, loop_turn, settle
 from tests.support.running import without_collector
@@ -980,6 +989,28 @@ async def test_a_lease_that_comes_as_its_reader_leaves_is_given_back() -> None:
         assert caches[-1].leased == {}
 
     assert await cancel_at_every_await(start, check) > 5
+
+
+async def test_of_two_values_of_one_key_that_are_ready_at_once_each_has_a_lease_of_its_own() -> (
+    None
+):
+    """One was begun before an event beneath it, the other for a reader who came after that."""
+    base, top, cache, at_base, at_top = key("base"), key("top"), LeasingCache(), Gate(), Gate()
+    building = builder(
+        Single("base", fetch=held_at(at_base)),
+        Derived("top", needs=lambda _: [base], before=at_top.pass_),
+        cache=cache,
+    )
+    before = await begun(building.build([top]), at_base)
+    await building.publisher.publish(base, 2, source="event")
+    after = await begun(building.build([top]), at_top)
+    at_base.open()
+    await at_top.wait_arrived(2)
+    at_top.open()
+    assert [(await each).value(top) for each in (before, after)] == [(2,), (2,)]
+    await asyncio.sleep(5)
+    assert cache.leased == {}
+    assert cache.held[top].value == (2,)
 
 
 async def test_a_lease_that_comes_when_its_reader_has_long_left_is_given_back() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from coalestra._endings import look_after
 from coalestra.cache.access import Answer, Outcomes, Terms
-from coalestra.cache.store import decide
+from coalestra.cache.store import best_per_key, decide
 from coalestra.concurrency.pace import portions
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy
@@ -245,7 +245,7 @@ class CacheWrites:
     _slow: bool = False
     _now: float = math.nan
     _next: dict[Revision, Flight] = field(default_factory=dict)
-    _held: dict[ResourceKey, Lease] = field(default_factory=dict)
+    _held: dict[Revision, Lease] = field(default_factory=dict)
     _writers: set[Work] = field(default_factory=set)
 
     def add(self, flight: Flight, revision: Revision) -> None:
@@ -263,7 +263,7 @@ class CacheWrites:
         self._next[revision] = flight
         if flight.lease is not None:
             # From here on it is the write's: a flight that is settled gives its own back.
-            self._held[flight.key], flight.lease = flight.lease, None
+            self._held[revision], flight.lease = flight.lease, None
         if self._slow:
             self._settle(flight, revision)
 
@@ -285,7 +285,8 @@ class CacheWrites:
         for forced in (False, True):
             part = {offered: each for offered, each in group.items() if each.forced is forced}
             if part:
-                leases = {each.key: held[each.key] for each in part if each.key in held}
+                best = best_per_key(part).values() if held else ()
+                leases = {each.key: held.pop(each) for each in best if each in held}
                 terms = Terms(
                     {flight.key: flight.policy for flight in part.values()},
                     self._now,
@@ -299,6 +300,8 @@ class CacheWrites:
                     wanted=partial(self._wanted, part),
                     ended=partial(self._ended, part, timer),
                 )
+        for lease in held.values():  # of another value of the same key, which gives way
+            access.give_back(lease, failed=False)
 
     def _wanted(self, part: Mapping[Revision, Flight], revision: Revision) -> bool:
         flight = part[revision]
