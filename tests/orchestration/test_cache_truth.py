@@ -421,6 +421,34 @@ async def test_what_is_pinned_or_read_anew_gives_way_to_no_publication() -> None
     assert (await session.revalidate([a])).value(a) == 2
 
 
+@pytest.mark.parametrize("turns", range(20))
+@pytest.mark.parametrize("nested", [False, True])
+async def test_what_is_derived_anew_is_made_of_no_halves(
+    nested: bool, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
+    gate = Gate()
+    a, b, total = (key(name) for name in ("a", "b", "total"))
+    derived = Derived("total", needs=lambda _: [a, b], before=gate.pass_)
+    top = Derived("top", needs=lambda _: [a, total])
+    building = builder(Single("a"), Single("b"), derived, top)
+
+    async def publish(number: int) -> None:
+        await building.publisher.publish_many([ResourceUpdate(k, number, "news") for k in (a, b)])
+
+    await publish(1)
+    reader = await begun(building.build([key("top")] if nested else [a, total]), gate)
+    await publish(2)
+    gate.open()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await publish(3)
+    snapshot = await reader
+    it, both = snapshot.value(key("top")) if nested else (snapshot.value(a), snapshot.value(total))
+    assert both == (it, it)
+
+
 @pytest.mark.parametrize("way", ["build", "request", "session", "further stage", "derivation"])
 async def test_a_reader_of_very_much_sees_all_of_a_publication_or_nothing_of_it(
     monkeypatch: pytest.MonkeyPatch, way: str

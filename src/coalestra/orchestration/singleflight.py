@@ -1248,11 +1248,13 @@ class SingleFlight:
         """
         gather.open, gather.told, gather.agreed = True, self._told, None
         gather.rounds += 1
+        if gather.owner is not None and gather.owner.pins is None:
+            gather.base = gather.pins = NO_PINS  # which it has made of what it had read by then
         now, near, news = self.parts.clock.now(), self.parts.access.near, list[ResourceKey]()
         if near is not None:
             read = [each.revision for each in gather.readings.values()]
             written = (*near.replaced(read), *gather.failures)
-            stays = (gather.pins, gather.forced)
+            stays = (gather.base, gather.forced)
             news = [k for k in written if k in near and not any(k in each for each in stays)]
         for part in portions(news, _KEYS_PER_STEP):
             for key in part:
