@@ -124,7 +124,7 @@ async def live(seed: int) -> None:
             world.jump()
         if world.closes and chance.random() < 0.2:
             world.closed = True
-            await world.builder.aclose()
+            await world.builder.aclose(copy_shutdown_timeout_seconds=20)  # retries may take that
     for outcome in await asyncio.gather(*actors, return_exceptions=True):
         if world.closed and isinstance(outcome, (RuntimeError, PayloadCopySubsystemClosedError)):
             continue
