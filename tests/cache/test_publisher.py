@@ -367,6 +367,23 @@ async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.Monkey
     assert len(alive) > 3, "neither all at once nor none"
 
 
+async def test_of_two_publications_at_a_time_the_later_one_wins_all_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though the first has rested before it came to what the second had by then."""
+    monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
+    building = builder(Single("a", "b"))
+    much = [[number] for number in range(10 * PORTION)]
+    first, second = (
+        [ResourceUpdate[Any](A, each, who), ResourceUpdate[Any](B, 1, who)]
+        for each, who in ((much, "first"), (2, "second"))
+    )
+    publish = building.publisher.publish_many
+    await asyncio.gather(publish(first), publish(second))
+    snapshot = await building.build([A, B])
+    assert [value.source for value in snapshot.values()] == ["second", "second"]
+
+
 @pytest.mark.parametrize(
     "kind, steps", [(SingleKeyCache, 7), (AtomicCache, 4), (BatchCache, 8), (BatchAtomicCache, 5)]
 )

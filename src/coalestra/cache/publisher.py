@@ -340,10 +340,10 @@ class ResourcePublisher(PublisherArguments):
         for update in captured:
             if type(update) is not ResourceUpdate:
                 instance("updates", update, ResourceUpdate)
-        now = self._begin(force, replace_equal)
+        now, began = self._begin(force, replace_equal), next_number()
         made = (
             self._revision_of(
-                each.key, each.value, each.source, each.observed_at, each.metadata, now
+                each.key, each.value, each.source, each.observed_at, each.metadata, now, began
             )
             for each in captured
         )
@@ -387,9 +387,11 @@ class ResourcePublisher(PublisherArguments):
         observed_at: float | None,
         metadata: Mapping[str, Any],
         now: float,
+        began: int = 0,
     ) -> Revision:
         """Return the revision that an event makes at ``now``; without a seal if that takes waiting.
 
+        Those of one publication have ``began`` together, so of two the later one wins all keys.
         Raises `SourceProtocolError` if it was observed further in the future than allowed.
         """
         ranks, number, dated = self._ranks, next_number(), observed_at is not None
@@ -410,7 +412,7 @@ class ResourcePublisher(PublisherArguments):
         rank = 0 if ranks is None else rank_of(ranks, key, source)
         return Revision(
             key, payload, seal, source, observed_at, now, version_of(number), 0.0, 0,
-            told, rank, EMPTY, (), dated, number,
+            told, rank, EMPTY, (), dated, began or number,
         )  # fmt: skip
 
     def _begin(self, force: bool, replace_equal: bool) -> float:
