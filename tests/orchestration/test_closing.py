@@ -465,3 +465,18 @@ async def test_a_source_and_a_cache_that_do_not_end_take_no_longer_than_one() ->
     gate.open()
     cache.gate.open()
     await asyncio.gather(reading, return_exceptions=True)
+
+
+class Unstoring(LeasingCache):
+    """Never answers when something is to be stored."""
+
+    async def fulfil_many(self, *_: Any, **__: Any) -> Any:
+        await Gate().pass_()
+
+
+async def test_the_lease_of_what_closing_has_not_the_time_to_store_is_given_back() -> None:
+    building = builder(Single("k"), cache=(cache := Unstoring()))
+    assert len(await building.build([K])) == 1
+    assert len(cache.leased) == 1
+    await building.aclose(copy_shutdown_timeout_seconds=0.5)
+    assert cache.leased == {}

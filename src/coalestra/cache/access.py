@@ -1184,7 +1184,10 @@ class CacheAccess:
 
         def done(task: asyncio.Task[tuple[Outcomes, Failures]]) -> None:
             outcomes: Outcomes = {}
-            if not task.cancelled() and task.exception() is None:
+            if task.cancelled():  # what has been stored under a lease has ended it
+                for lease in (terms.leases or {}).values():
+                    self.give_back(lease, failed=False)
+            elif task.exception() is None:
                 outcomes, failures = task.result()
                 self.calls.tell("write", failures)
             for revision in revisions:
