@@ -655,8 +655,8 @@ class SnapshotBuilder(BuilderArguments):
 
         Raises:
             RuntimeError: the builder has work under way on another event loop.
-            SourceTimeoutError: a background refresh had to be cancelled, or a source still runs in
-                a thread, or ignores its cancellation.
+            SourceTimeoutError: a background refresh had to be cancelled, or a call to a source, or
+                the cache, still runs: in a thread, or as it ignores its cancellation.
             PayloadCopyShutdownTimeoutError: copies still run.
             ObservabilityShutdownTimeoutError: a buffer has not been emptied.
             TimeoutError: a managed part did not close in time.
