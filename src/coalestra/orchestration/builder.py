@@ -440,9 +440,13 @@ class SnapshotBuilder(BuilderArguments):
             if crowd is not None:
                 return await sessions.together(self._engine, crowd, strict)
             warm = self._engine.warm_reads.snapshot(wanted, strict=strict)
-            if warm is not None:
-                return warm
-        opened = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
+            terms = None
+        else:
+            terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+            warm = terms.at_hand(wanted, snapshot_id, strict=strict)
+        if warm is not None:
+            return warm
+        opened = (terms or Terms.of(self._engine, None, None, None)).open(snapshot_id)
         return await opened.resolve(wanted, strict=strict)
 
     def _open_work(self) -> Work:
@@ -467,8 +471,8 @@ class SnapshotBuilder(BuilderArguments):
             SnapshotAcceptanceError: values are not acceptable.
         """
         instance("request", request, SnapshotRequest)
-        opened = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
-        return await opened.resolve_request(request)
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+        return sessions.accepted(*await terms.answer(request, snapshot_id))
 
     async def try_request(
         self,
@@ -488,8 +492,8 @@ class SnapshotBuilder(BuilderArguments):
         """
         instance("request", request, SnapshotRequest)
         self._engine.enter()
-        opened = Terms.of(self._engine, deadline_seconds, metadata, trace).open(snapshot_id)
-        return await opened.try_request(request)
+        terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
+        return sessions.result_of(request, *await terms.answer(request, snapshot_id))
 
     @sessions.in_same_form
     async def try_requests(
@@ -520,7 +524,7 @@ class SnapshotBuilder(BuilderArguments):
         return await sessions.several(
             self._engine.parts,
             requests,
-            lambda request: terms.for_another().open().try_request(request),
+            lambda request: terms.for_another().answer(request),
             max_concurrency,
         )
 

@@ -332,10 +332,13 @@ class WarmReads:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    def snapshot(self, keys: Collection[ResourceKey], *, strict: bool) -> Snapshot | None:
+    def snapshot(
+        self, keys: Collection[ResourceKey], snapshot_id: str | None = None, *, strict: bool | None
+    ) -> Snapshot | None:
         """Return a snapshot of a few keys at once, or None if that takes more than looking.
 
-        So it does if anybody follows what is done.
+        So it does if anybody follows what is done. Its end is reported as that of a `strict` build
+        or another; None: it is yet to be judged.
         """
         parts = self._parts
         copies, clock, store = parts.copies, parts.clock, parts.access.store
@@ -375,13 +378,14 @@ class WarmReads:
             "cache_hits": len(values),
             "cache_batch_reads": 1,
         }
-        made = snapshot_of(new_id(), now, FrozenDict(values), EMPTY, counted)
+        made = snapshot_of(snapshot_id or new_id(), now, FrozenDict(values), EMPTY, counted)
         report = parts.report
         if report is not None:
             report.tell("snapshot_started", kind="build", snapshot_id=made.snapshot_id)
             at_once(report.warm_hits(keys, made.snapshot_id))
-            told = made.snapshot_id, made.diagnostics
-            report.snapshot_built(*told, build_failed=False, strict=strict)
+            if strict is not None:
+                told = made.snapshot_id, made.diagnostics
+                report.snapshot_built(*told, build_failed=False, strict=strict)
         return made
 
     def readings(self, work: Work, keys: Collection[ResourceKey]) -> dict[ResourceKey, Reading]:

@@ -24,10 +24,9 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast, overload
 
 from coalestra.concurrency.copying import deepcopy_payload
@@ -106,19 +105,10 @@ class UnitOfWork:
         """Return a snapshot of all that was asked for so far; if `strict`, each key has a value."""
         return accepted(*await self._decided(keys, None, strict, retry_errors))
 
-    async def resolve_request(
-        self, request: SnapshotRequest, *, retry_errors: bool = False
-    ) -> Snapshot:
-        """Return a snapshot of all that was asked for so far, if a request's rules let it pass."""
-        return accepted(*await self._answer(request, retry_errors))
-
-    async def try_request(
-        self, request: SnapshotRequest, *, retry_errors: bool = False
-    ) -> RequestResult:
-        """Return what comes of a request."""
-        return result_of(request, *await self._answer(request, retry_errors))
-
-    def _answer(self, request: SnapshotRequest, retry_errors: bool) -> Coroutine[Any, Any, Decided]:
+    def answer(
+        self, request: SnapshotRequest, retry_errors: bool = False
+    ) -> Coroutine[Any, Any, Decided]:
+        """Return what comes of a request: a snapshot of all that was asked for so far."""
         return self._decided(dict.fromkeys(request.keys), request, True, retry_errors)
 
     async def _decided(
@@ -392,6 +382,33 @@ class Terms(NamedTuple):
             flag("trace", trace, optional=True)
         return cls(engine, deadline, deadline_at, _own(metadata or EMPTY), trace)
 
+    def at_hand(
+        self, keys: Collection[ResourceKey], snapshot_id: str | None, *, strict: bool | None
+    ) -> Snapshot | None:
+        """Return what `WarmReads.snapshot` does, if that is in time and nobody wants a trace."""
+        if snapshot_id is not None:
+            text("snapshot_id", snapshot_id)
+        if self.trace or (self.deadline is not None and self.deadline.expired):
+            return None
+        return self.engine.warm_reads.snapshot(keys, snapshot_id, strict=strict)
+
+    async def answer(self, request: SnapshotRequest, snapshot_id: str | None = None) -> Decided:
+        """Return what comes of a request that is a unit of work of its own."""
+        snapshot = self.at_hand(request.keys, snapshot_id, strict=None)
+        if snapshot is None:
+            return await self.open(snapshot_id).answer(request)
+        parts, succeeded = self.engine.parts, False
+        try:
+            error = await objection(parts, request, snapshot)
+            succeeded = error is None
+        except Exception as raised:
+            return snapshot, raised
+        finally:
+            if parts.report is not None:
+                told = snapshot.snapshot_id, snapshot.diagnostics
+                parts.report.snapshot_built(*told, build_failed=not succeeded, strict=True)
+        return snapshot, error
+
     def for_another(self) -> Terms:
         """Return the same with metadata that no other unit of work has a part in."""
         return self._replace(metadata=_own(self.metadata))
@@ -505,7 +522,7 @@ def in_same_form(method: Callable[Concatenate[Any, Requests, P], Awaitable[Resul
 async def several(
     parts: Parts,
     requests: Requests,
-    attempt: Callable[[SnapshotRequest], Awaitable[RequestResult]],
+    attempt: Callable[[SnapshotRequest], Awaitable[Decided]],
     max_concurrency: int | None,
 ) -> Results:
     """Attempt many requests; return their results by name if they have names, else in their order.
@@ -526,7 +543,7 @@ async def several(
 
     async def work() -> None:
         for name, request in rest:
-            results[name] = await attempt(request)
+            results[name] = result_of(request, *await attempt(request))
             await parts.pace.keep()  # many that wait for nothing would hold the event loop
 
     await all_or_none(work() for _ in range(min(limit, len(named))))
@@ -611,7 +628,7 @@ class SnapshotSession:
         self._require_open()
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
-        return await self._unit.resolve_request(request, retry_errors=retry_errors)
+        return accepted(*await self._unit.answer(request, retry_errors))
 
     async def try_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -625,7 +642,7 @@ class SnapshotSession:
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
         self._unit.engine.enter()
-        return await self._unit.try_request(request, retry_errors=retry_errors)
+        return result_of(request, *await self._unit.answer(request, retry_errors))
 
     @in_same_form
     async def try_requests(
@@ -639,8 +656,12 @@ class SnapshotSession:
         flag("retry_errors", retry_errors)
         engine = self._unit.engine
         engine.enter()
-        attempt = partial(self._unit.try_request, retry_errors=retry_errors)
-        return await several(engine.parts, requests, attempt, max_concurrency)
+        return await several(
+            engine.parts,
+            requests,
+            lambda request: self._unit.answer(request, retry_errors),
+            max_concurrency,
+        )
 
     async def revalidate(
         self,
