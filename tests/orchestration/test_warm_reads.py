@@ -15,8 +15,13 @@ from coalestra import (
     InMemoryMetrics,
     NullEventSink,
     PayloadIsolationError,
+    RequestOutcome,
+    ResourceAcceptanceRule,
+    SnapshotAcceptancePolicy,
     SnapshotBuildError,
+    SnapshotConsistencyPolicy,
     SnapshotDeadlineExceededError,
+    SnapshotRequest,
 )
 from tests.orchestration.scripted import Batch, builder, key
 from tests.support import ManualClock
@@ -37,16 +42,27 @@ async def test_a_few_keys_are_told_of_as_any_others(count: int) -> None:
     building = builder(Batch("x"), clock=clock, default_policy=FreshnessPolicy(10, 20))
     await building.build(MANY[:count])
     clock.advance(5)
-    short, general = (
+    request = SnapshotRequest(required=MANY[:count])
+    general = await building.build(MANY[:count], trace=True)
+    for short in (
         await building.build(MANY[:count]),
         await building.build(MANY[:count], metadata={"for": "nobody"}),
-    )
-    assert short.resources == general.resources
-    assert (list(short), short.errors) == (MANY[:count], {})
-    assert short.created_at == general.created_at == clock.now()
-    assert short.diagnostics == general.diagnostics
-    assert len({short.snapshot_id, general.snapshot_id}) == 2
-    assert len(short.snapshot_id) == len(general.snapshot_id) == 32
+        await building.build(MANY[:count], deadline_seconds=5, trace=False),
+        await building.build_request(request),
+        (await building.try_request(request, deadline_seconds=5)).require_accepted(),
+        (await building.try_requests([request]))[0].require_accepted(),
+    ):
+        assert short.resources == general.resources
+        assert (list(short), short.errors) == (MANY[:count], {})
+        assert short.created_at == general.created_at == clock.now()
+        assert short.diagnostics == general.diagnostics
+        assert len({short.snapshot_id, general.snapshot_id}) == 2
+        assert len(short.snapshot_id) == len(general.snapshot_id) == 32
+    named = await building.build(MANY[:count], snapshot_id="mine")
+    assert (named.snapshot_id, named.resources) == ("mine", general.resources)
+    for wrong in (5, ""):
+        with pytest.raises((TypeError, ValueError), match="snapshot_id must be"):
+            await building.build(MANY[:count], snapshot_id=wrong)  # type: ignore[arg-type]  # so
     await building.aclose()
     with pytest.raises(RuntimeError):
         await building.build(MANY[:count])
@@ -69,16 +85,87 @@ async def test_a_few_keys_are_reported_as_any_others(strict: bool) -> None:
     )
     await building.build(MANY[:3])
     told, counts = [], []
-    for metadata in (None, {"for": "nobody"}):
+    for terms in ({}, {"metadata": {"for": "nobody"}}, {"deadline_seconds": 5}, {"trace": True}):
         emitted.clear()
         before = metrics.snapshot().counters
-        await building.build(MANY[:3], strict=strict, metadata=metadata)
+        await building.build(MANY[:3], strict=strict, **terms)
         told.append(list(emitted))
         after = metrics.snapshot().counters
         counts.append({series: after[series] - before.get(series, 0) for series in after})
-    assert told[0] == told[1]
-    assert counts[0] == counts[1]
+    assert told == [told[0]] * 4
+    assert counts == [counts[0]] * 4
     assert [name for name, _ in told[0]][::4] == ["snapshot_started", "snapshot_built"]
+
+
+NO_POLICY: dict[str, Any] = {}
+TOO_FAR_APART = {"consistency_policy": SnapshotConsistencyPolicy(0.5)}
+TOO_OLD = {
+    "acceptance_policy": SnapshotAcceptancePolicy(
+        default_rule=ResourceAcceptanceRule(max_age_seconds=1.0)
+    )
+}
+
+
+@pytest.mark.parametrize("policies", [NO_POLICY, TOO_FAR_APART, TOO_OLD])
+async def test_a_request_of_a_few_keys_is_judged_and_told_of_as_any_other(
+    policies: dict[str, Any],
+) -> None:
+    class Recorder(NullEventSink):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            emitted.append((event_type, {**payload, "snapshot_id": "an id", "error": ""}))
+
+    emitted: list[tuple[str, dict[str, Any]]] = []
+    clock, metrics = ManualClock(), InMemoryMetrics()
+    settings = {"clock": clock, "default_policy": FreshnessPolicy(10, 20)}
+    building = builder(Batch("x"), metrics=metrics, events=Recorder(), **settings)
+    await building.build(MANY[:2])
+    clock.advance(2)
+    await building.build(MANY[2:3])
+    request = SnapshotRequest(required=MANY[:3], **policies)
+    told, counts, said = [], [], []
+    for terms in ({}, {"deadline_seconds": 5}, {"trace": True}):
+        emitted.clear()
+        before = metrics.snapshot().counters
+        result = await building.try_request(request, **terms)
+        said.append((result.outcome, result.reason))
+        told.append(list(emitted))
+        after = metrics.snapshot().counters
+        counts.append({series: after[series] - before.get(series, 0) for series in after})
+        if policies:
+            assert result.error is not None
+            with pytest.raises(type(result.error)):
+                await building.build_request(request, **terms)
+    assert said == [said[0]] * 3
+    assert told == [told[0]] * 3
+    assert counts == [counts[0]] * 3
+    assert said[0][0] is (RequestOutcome.REJECTED if policies else RequestOutcome.ACCEPTED)
+
+
+async def test_requests_of_what_is_in_memory_are_answered_before_anything_is_read() -> None:
+    class Recorder(NullEventSink):
+        def emit(self, event_type: str, **payload: Any) -> None:
+            log.append(event_type)
+
+    log: list[str] = []
+    building = builder(Batch("x"), events=Recorder())
+    await building.build(MANY[:3])
+    log.clear()
+    warm, cold = SnapshotRequest(required=MANY[:3]), SnapshotRequest(required=MANY[3:5])
+    results = await building.try_requests({"cold": cold, "warm": warm, "again": cold})
+    assert log.index("snapshot_built") < log.index("source_call_started")
+    assert log.count("source_call_started") == 1
+    found = {name: list(each.require_accepted()) for name, each in results.items()}
+    assert list(found.items()) == [("cold", MANY[3:5]), ("warm", MANY[:3]), ("again", MANY[3:5])]
+
+
+@pytest.mark.parametrize("terms", [{}, {"snapshot_id": "mine"}])
+async def test_what_is_in_memory_is_not_given_once_the_time_is_over(terms: dict[str, Any]) -> None:
+    building = builder(Batch("x"), clock=ManualClock())
+    await building.build(MANY[:3])
+    with pytest.raises(SnapshotBuildError, match="the deadline of 1e-07 s passed"):
+        await building.build(MANY[:3], deadline_seconds=1e-7, **terms)
+    result = await building.try_request(SnapshotRequest(required=MANY[:3]), deadline_seconds=1e-7)
+    assert result.outcome is RequestOutcome.REJECTED
 
 
 async def test_hits_are_counted_once_whichever_way_is_taken_in_the_end() -> None:

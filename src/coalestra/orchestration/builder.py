@@ -526,6 +526,7 @@ class SnapshotBuilder(BuilderArguments):
             requests,
             lambda request: terms.for_another().answer(request),
             max_concurrency,
+            terms.known,
         )
 
     def session(

@@ -25,7 +25,7 @@ import asyncio
 import math
 import sys
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -394,9 +394,18 @@ class Terms(NamedTuple):
 
     async def answer(self, request: SnapshotRequest, snapshot_id: str | None = None) -> Decided:
         """Return what comes of a request that is a unit of work of its own."""
-        snapshot = self.at_hand(request.keys, snapshot_id, strict=None)
+        known = await self.known(request, snapshot_id)
+        return known or await self.open(snapshot_id).answer(request)
+
+    async def known(
+        self, request: SnapshotRequest, snapshot_id: str | None = None
+    ) -> Decided | None:
+        """Return what comes of a request for which nothing has to be read; else None."""
+        snapshot = None
+        with suppress(Exception):  # of a clock, say: who reads tells of it
+            snapshot = self.at_hand(request.keys, snapshot_id, strict=None)
         if snapshot is None:
-            return await self.open(snapshot_id).answer(request)
+            return None
         parts, succeeded = self.engine.parts, False
         try:
             error = await objection(parts, request, snapshot)
@@ -524,10 +533,11 @@ async def several(
     requests: Requests,
     attempt: Callable[[SnapshotRequest], Awaitable[Decided]],
     max_concurrency: int | None,
+    known: Callable[[SnapshotRequest], Awaitable[Decided | None]] | None = None,
 ) -> Results:
     """Attempt many requests; return their results by name if they have names, else in their order.
 
-    No more are under way at once than `max_concurrency`.
+    No more are under way at once than `max_concurrency`. What is `known` of some needs no attempt.
     """
     if not isinstance(requests, Iterable):
         rule = "an iterable of SnapshotRequests, or a mapping to them"
@@ -539,14 +549,22 @@ async def several(
     integer("max_concurrency", max_concurrency, minimum=1, optional=True)
     limit = parts.max_pending_tasks if max_concurrency is None else max_concurrency
     results: dict[Any, Any] = dict.fromkeys(named)
-    rest = iter(named.items())
+    left = dict(named)
+    if known is not None:
+        for name, request in named.items():
+            decided = await known(request)
+            if decided is not None:
+                results[name] = result_of(request, *decided)
+                del left[name]
+            await parts.pace.keep()
+    rest = iter(left.items())
 
     async def work() -> None:
         for name, request in rest:
             results[name] = result_of(request, *await attempt(request))
             await parts.pace.keep()  # many that wait for nothing would hold the event loop
 
-    await all_or_none(work() for _ in range(min(limit, len(named))))
+    await all_or_none(work() for _ in range(min(limit, len(left))))
     return FrozenDict(results) if isinstance(requests, Mapping) else tuple(results.values())
 
 
