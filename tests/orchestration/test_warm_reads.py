@@ -151,7 +151,8 @@ async def test_requests_of_what_is_in_memory_are_answered_before_anything_is_rea
     await building.build(MANY[:3])
     log.clear()
     warm, cold = SnapshotRequest(required=MANY[:3]), SnapshotRequest(required=MANY[3:5])
-    results = await building.try_requests({"cold": cold, "warm": warm, "again": cold})
+    requests = {"cold": cold, "warm": warm, "again": cold}
+    results = await building.try_requests(requests, max_concurrency=1)
     assert log.index("snapshot_built") < log.index("source_call_started")
     assert log.count("source_call_started") == 1
     found = {name: list(each.require_accepted()) for name, each in results.items()}
