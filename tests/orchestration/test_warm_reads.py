@@ -159,6 +159,18 @@ async def test_requests_of_what_is_in_memory_are_answered_before_anything_is_rea
     assert list(found.items()) == [("cold", MANY[3:5]), ("warm", MANY[:3]), ("again", MANY[3:5])]
 
 
+async def test_a_builder_that_is_closed_between_two_requests_gives_the_second_nothing(
+    slices: None,
+) -> None:
+    building = builder(Batch("x"))
+    await building.build(MANY[:3])
+    trying = asyncio.ensure_future(building.try_requests([SnapshotRequest(required=MANY[:3])] * 9))
+    await asyncio.sleep(0)
+    await building.aclose()
+    with pytest.raises(RuntimeError, match="closed"):
+        await trying
+
+
 @pytest.mark.parametrize("terms", [{}, {"snapshot_id": "mine"}])
 async def test_what_is_in_memory_is_not_given_once_the_time_is_over(terms: dict[str, Any]) -> None:
     building = builder(Batch("x"), clock=ManualClock())

@@ -386,6 +386,7 @@ class Terms(NamedTuple):
         self, keys: Collection[ResourceKey], snapshot_id: str | None, *, strict: bool | None
     ) -> Snapshot | None:
         """Return what `WarmReads.snapshot` does, if that is in time and nobody wants a trace."""
+        self.engine.require_open()
         if snapshot_id is not None:
             text("snapshot_id", snapshot_id)
         if self.trace or (self.deadline is not None and self.deadline.expired):
