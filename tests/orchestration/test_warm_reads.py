@@ -164,7 +164,7 @@ async def test_a_builder_that_is_closed_between_two_requests_gives_the_second_no
 ) -> None:
     building = builder(Batch("x"))
     await building.build(MANY[:3])
-    trying = asyncio.ensure_future(building.try_requests([SnapshotRequest(required=MANY[:3])] * 9))
+    trying = asyncio.ensure_future(building.try_requests([SnapshotRequest(required=MANY[:3])] * 2))
     await asyncio.sleep(0)
     await building.aclose()
     with pytest.raises(RuntimeError, match="closed"):
