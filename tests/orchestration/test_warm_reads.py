@@ -23,6 +23,7 @@ from coalestra import (
     SnapshotDeadlineExceededError,
     SnapshotRequest,
 )
+from coalestra.concurrency.pace import Pace
 from tests.orchestration.scripted import Batch, builder, key
 from tests.support import ManualClock
 
@@ -160,15 +161,22 @@ async def test_requests_of_what_is_in_memory_are_answered_before_anything_is_rea
 
 
 async def test_a_builder_that_is_closed_between_two_requests_gives_the_second_nothing(
-    slices: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     building = builder(Batch("x"))
     await building.build(MANY[:3])
-    trying = asyncio.ensure_future(building.try_requests([SnapshotRequest(required=MANY[:3])] * 2))
-    await asyncio.sleep(0)
-    await building.aclose()
+    closing: list[asyncio.Task[None]] = []
+
+    async def close(pace: Pace) -> bool:
+        closing[:] = closing or [asyncio.ensure_future(building.aclose())]
+        while not building.closed:
+            await asyncio.sleep(0)
+        return True
+
+    monkeypatch.setattr(Pace, "keep", close)
     with pytest.raises(RuntimeError, match="closed"):
-        await trying
+        await building.try_requests([SnapshotRequest(required=MANY[:3])] * 2)
+    await closing[0]
 
 
 @pytest.mark.parametrize("terms", [{}, {"snapshot_id": "mine"}])
