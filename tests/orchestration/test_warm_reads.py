@@ -169,8 +169,9 @@ async def test_a_builder_that_is_closed_between_two_requests_gives_the_second_no
 
     async def close(pace: Pace) -> bool:
         closing[:] = closing or [asyncio.ensure_future(building.aclose())]
-        while not building.closed:
-            await asyncio.sleep(0)
+        for _ in range(20):
+            if not building.closed:
+                await asyncio.sleep(0)
         return True
 
     monkeypatch.setattr(Pace, "keep", close)
