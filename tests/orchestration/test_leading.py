@@ -438,6 +438,21 @@ async def test_an_eager_task_of_a_first_step_may_use_the_builder(asked: Resource
     assert set(snapshot.errors) <= {C}
 
 
+async def test_a_key_that_has_asked_for_its_call_is_at_its_first_attempt() -> None:
+    it, seen = Told(), list[tuple[str, int]]()
+
+    @it.at(C)
+    async def look(k: ResourceKey) -> None:
+        assert call_served() is not None
+        under_way = {each.key: each for each in it.builder.flights_under_way()}
+        seen.append((under_way[C].state, under_way[C].attempts))
+
+    snapshot = await it.builder.build(KEYS)
+    assert values(snapshot) == ALL
+    assert seen == [("its source is running", 1)]
+    assert snapshot.diagnostics.source_calls == len(KEYS)
+
+
 @pytest.mark.parametrize("at, own", [("follow", False), ("running_loop", True)])
 async def test_a_thread_that_stops_short_as_it_decides_holds_nobody_back(
     at: str, own: bool

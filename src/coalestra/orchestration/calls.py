@@ -665,7 +665,6 @@ class Following:
         self._call, self._whom = weakref.ref(attempt.call), None
         self._decided["as"] = None
         attempt.call.join()
-        attempt.call.count_attempt()
         return attempt
 
     def _decide(self, attempt: Attempt | None) -> Attempt | None:
@@ -901,9 +900,11 @@ class Call:
         return self._attempt
 
     def join(self) -> None:
-        """Let the flights know that it is their call."""
-        if any(flight.call is not self for flight in self.flights):
+        """Count the attempt that is under way, and let the flight know of its call; once."""
+        if not self.attempts:
+            self.flights = {each: None for each in self.flights if each.phase is _CALLING}
             self.extend(Flight.join_call(self.flights, self))
+            self.count_attempt()
 
     async def run(self, worker: Worker, begun: Attempt | None = None) -> None:
         """Make one attempt, or what is left of it; return when the source has really ended."""
