@@ -374,12 +374,15 @@ async def test_of_two_publications_at_a_time_the_later_one_wins_all_keys(
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     building = builder(Single("a", "b"))
     much = [[number] for number in range(10 * PORTION)]
-    first, second = (
-        [ResourceUpdate[Any](A, each, who), ResourceUpdate[Any](B, 1, who)]
-        for each, who in ((much, "first"), (2, "second"))
-    )
+    between = [ResourceUpdate[Any](ResourceKey("test", f"{n}"), much, "first") for n in range(5)]
+    first = [ResourceUpdate[Any](A, 1, "first"), *between, ResourceUpdate[Any](B, 1, "first")]
+    second = [ResourceUpdate[Any](A, 2, "second"), ResourceUpdate[Any](B, 2, "second")]
     publish = building.publisher.publish_many
-    await asyncio.gather(publish(first), publish(second))
+    earlier = asyncio.ensure_future(publish(first))
+    for _ in range(2):  # by then it has begun, in whatever order tasks run
+        await asyncio.sleep(0)
+    await publish(second)
+    await earlier
     snapshot = await building.build([A, B])
     assert [value.source for value in snapshot.values()] == ["second", "second"]
 
