@@ -164,4 +164,5 @@ def cluster(nodes: int = 3) -> Iterator[list[Server]]:
 
 def _agrees(server: Server, nodes: int) -> bool:
     told = server.command("CLUSTER", "INFO")
-    return b"cluster_state:ok" in told and b"cluster_known_nodes:%d" % nodes in told
+    known = b"cluster_known_nodes:%d" % nodes, b"cluster_slots_assigned:16384"
+    return b"cluster_state:ok" in told and all(each in told for each in known)
