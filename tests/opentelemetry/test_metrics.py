@@ -32,7 +32,7 @@ from tests.architecture.source_tree import PACKAGE
 from tests.docs.pages import ROOT
 from tests.opentelemetry.memory import Meters, attributes
 from tests.orchestration.scripted import Batch, Single, builder, held_at, key
-from tests.support import Gate, LoopClock
+from tests.support import Gate, LoopClock, settle
 from tests.support.leaks import look_after_none
 from tests.support.running import until_logged
 
@@ -241,6 +241,7 @@ async def test_levels_are_read_in_the_readers_thread_while_the_loop_is_held(mete
         sink.watch(used)
         builds = [asyncio.ensure_future(used.build([key("slow", str(n))])) for n in range(3)]
         await gate.wait_arrived(2)
+        await settle()  # for the third to wait, too
         read: dict[str, object] = {}
         names = ("capacity.limit", "capacity.usage", "capacity.pending", "builder.flights")
 
