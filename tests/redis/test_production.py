@@ -206,13 +206,19 @@ async def test_a_burst_opens_few_connections_and_one_after_the_other(
         assert begun == 50
 
 
+def all_taken(cache: RedisCache) -> tuple[Any, int]:
+    """Take every connection that there may be; return who gives them, and how many these are."""
+    connections, taken = cache._server._connections, 0
+    while connections.try_acquire():
+        taken += 1
+    return connections, taken
+
+
 async def test_the_time_limit_of_a_call_begins_with_its_turn(caches: Caches) -> None:
     """Also the one that the server is told, after which it stores nothing."""
     async with caches() as [cache]:
         await read(cache)
-        connections, taken = cache._server._connections, 0
-        while connections.try_acquire():
-            taken += 1
+        connections, taken = all_taken(cache)
         cache._server._offset = -3600.0, 0.0, time.monotonic()  # what is sent now would be late
         storing = asyncio.ensure_future(cache.set(value_of()))
         await until(lambda: connections.view().waiting)
@@ -226,9 +232,7 @@ async def test_the_time_limit_of_a_call_begins_with_its_turn(caches: Caches) -> 
 async def test_who_gives_up_waiting_for_a_connection_takes_none(caches: Caches) -> None:
     async with caches() as [cache]:
         await read(cache)
-        connections, taken = cache._server._connections, 0
-        while connections.try_acquire():
-            taken += 1
+        connections, taken = all_taken(cache)
         reading = asyncio.ensure_future(read(cache))
         await until(lambda: connections.view().waiting)
         reading.cancel()
