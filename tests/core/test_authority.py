@@ -29,6 +29,12 @@ class Chosen(AuthorityPolicyResolver):
         return SourceAuthorityPolicy(default_rank=7 if key == KEY else 3)
 
 
+class Provider:
+    """What `AuthorityPolicyProvider` asks for, and no more."""
+
+    resolve, rank_for = Chosen.resolve, Ranks.rank_for
+
+
 def test_a_source_has_its_own_rank_or_the_default() -> None:
     assert [POLICY.rank_for(name) for name in ("exchange", "guess", "other")] == [10, -5, 1]
     assert SourceAuthorityPolicy().rank_for("anyone") == 0
@@ -91,9 +97,9 @@ def test_a_resolver_is_checked(arguments: Any, name: str) -> None:
         AuthorityPolicyResolver(*arguments)
 
 
-@pytest.mark.parametrize("kind", [Ranks, Chosen])
+@pytest.mark.parametrize("kind", [Ranks, Chosen, Provider])
 async def test_a_fetched_value_has_the_rank_that_a_resolver_of_ones_own_gives_it(
-    kind: type[AuthorityPolicyResolver],
+    kind: type[Any],
 ) -> None:
     source = CallableBatchSource(
         name="any",

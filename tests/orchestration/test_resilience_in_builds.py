@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -420,6 +421,32 @@ async def test_a_resolver_that_raises_fails_that_source_and_not_the_build(batch:
     (failure,) = failures(snapshot, keys[1])
     assert (failure.error_type, failure.attempts) == ("LookupError", 0)
     assert "no policy today" in failure.message
+    assert source.calls == []
+
+
+@dataclasses.dataclass
+class Always:
+    """A resolver that is none of the library's, and has but the method that is called."""
+
+    answer: Any
+
+    def resolve(self, source: str, *, declared: SourceResiliencePolicy | None = None) -> Any:
+        return self.answer
+
+
+async def test_a_resolver_needs_no_more_than_to_resolve() -> None:
+    source = stock(None)
+    await attempt(builder(source, resilience_resolver=Always(retrying(5))))
+    assert len(source.calls) == 5
+
+
+async def test_a_resolver_without_an_answer_is_told_what_it_owes() -> None:
+    source = stock(None)
+    snapshot = await attempt(builder(source, resilience_resolver=Always(None)))
+    (failure,) = failures(snapshot)
+    assert failure.message.startswith(
+        "resilience policy must be a SourceResiliencePolicy, got None"
+    )
     assert source.calls == []
 
 

@@ -197,7 +197,7 @@ class PublisherArguments:
     run_payload_copies_in_thread: bool | None = None
     max_copy_concurrency: int = 4
     authority_resolver: AuthorityPolicyResolver | None = ruled(
-        None, instance, AuthorityPolicyResolver, optional=True
+        None, require_methods, "resolve", "rank_for", optional=True, plain=True
     )
     max_pending_tasks: int = ruled(8, integer, minimum=1)
 
@@ -491,7 +491,7 @@ PublisherArguments.__init__.__qualname__ = f"{ResourcePublisher.__qualname__}.__
 
 def require_authority_aware(cache: AsyncCache, resolver: AuthorityPolicyResolver | None) -> None:
     """Raise ValueError if ``resolver`` has rules that the cache does not promise to enforce."""
-    if resolver is None or not resolver.has_rules:
+    if resolver is None or not getattr(resolver, "has_rules", True):
         return
     if getattr(cache, "validates_source_authority", False) is True:
         return

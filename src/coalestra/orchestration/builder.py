@@ -141,13 +141,13 @@ class BuilderArguments(BuilderSettings):
     default_policy: FreshnessPolicy | None = _one_of(FreshnessPolicy)
     policy_resolver: PolicyResolver | None = _with_methods("resolve")
     authority_policy: SourceAuthorityPolicy | None = _one_of(SourceAuthorityPolicy)
-    authority_resolver: AuthorityPolicyResolver | None = _one_of(AuthorityPolicyResolver)
+    authority_resolver: AuthorityPolicyResolver | None = _with_methods("resolve", "rank_for")
     cache: AsyncCache | None = _with_methods("get", "set", "invalidate", "clear", plain=False)
     retry_policy: RetryPolicy | None = _one_of(RetryPolicy)
     circuit_breaker: CircuitBreaker | None = _one_of(CircuitBreaker)
     default_resilience: SourceResiliencePolicy | None = _one_of(SourceResiliencePolicy)
     source_resilience: Mapping[str, SourceResiliencePolicy] | None = _one_of(Mapping)
-    resilience_resolver: ResiliencePolicyResolver | None = _one_of(ResiliencePolicyResolver)
+    resilience_resolver: ResiliencePolicyResolver | None = _with_methods("resolve")
     clock: Clock | None = _with_methods("now", "monotonic")
     metrics: MetricsSink | None = None
     events: EventSink | None = None
@@ -328,16 +328,15 @@ class SnapshotBuilder(BuilderArguments):
             circuit_breaker=CircuitBreaker(clock=self.clock),
             retry_policy=RetryPolicy(),
         )
-        if self.authority_resolver.has_rules:
-            require_authority_aware(self.cache, self.authority_resolver)
+        require_authority_aware(self.cache, self.authority_resolver)
         resilience = SourceResiliencePolicy(self.retry_policy, self.circuit_breaker.default_policy)
         self._use_unless_given(default_resilience=resilience)
         resolver = ResiliencePolicyResolver(self.default_resilience, self.source_resilience)
         self._use_unless_given(resilience_resolver=resolver)
-        given, used = self.circuit_breaker.default_policy, self.resilience_resolver.default.circuit
-        if given not in (used, CircuitBreakerPolicy()):
+        used = getattr(self.resilience_resolver, "default", self.default_resilience)
+        if self.circuit_breaker.default_policy not in (used.circuit, CircuitBreakerPolicy()):
             LOGGER.warning("the policy of circuit_breaker is not used, as another takes its place")
-        self._use(retry_policy=self.resilience_resolver.default.retry)
+        self._use(retry_policy=used.retry)
         self.capacity: CapacityController = _capacity(chains.links, self)
         parts = self._parts(chains)
         self._engine = Engine(parts, contextvars.copy_context())

@@ -81,6 +81,7 @@ from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FutureObservation, judge_observation, policy_of_all, rank_of
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext, Snapshot
+from coalestra.core.validation import instance
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
 from coalestra.orchestration.deliveries import Deliveries
 from coalestra.orchestration.flights import (
@@ -916,9 +917,10 @@ class Call:
             self.log.attempt(self.attempts + 1)
         try:
             if not self.attempts:
-                self.policy = self.parts.resilience.resolve(
+                chosen = self.parts.resilience.resolve(
                     self.link.name, declared=self.link.declared_resilience
                 )
+                self.policy = instance("resilience policy", chosen, SourceResiliencePolicy)
                 if self.parts.breaker.circuits:
                     await self._pass_open_circuits()
             if self.flights or begun is not None:
