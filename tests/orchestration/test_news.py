@@ -230,7 +230,7 @@ async def test_news_costs_a_chain_under_way_a_look_at_each_key(news: str, joined
         return [links[int(k.subject) - 1]] if k.subject != "0" else [BASE]
 
     building = builder(Single("base", fetch=held_at(gate, "fetched")), Derived("link", needs=needs))
-    changed = building._engine.flights._changed = Counted()
+    changed = building._engine.flights._news._changed = Counted()
     early = await begun(building.build(links[-1:]), gate)
     if news == "invalidate":
         await building.publisher.invalidate(BASE)

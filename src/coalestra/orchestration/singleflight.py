@@ -51,6 +51,7 @@ from coalestra.core.errors import (
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import FreshnessPolicy, RefreshMode, policy_for, policy_of_all
+from coalestra.core.protocols import Clock
 from coalestra.core.snapshot import FetchContext
 from coalestra.core.trace import Obtained, WaitReason
 from coalestra.core.validation import flag, span
@@ -208,6 +209,187 @@ class Agenda:
         return f"<Agenda steps={len(self._steps)} running={self._running}>"
 
 
+# What flights have to know of besides themselves --------------------------------------------------
+
+
+class Absences:
+    """Which keys are remembered to be absent, each until its instant in monotonic seconds.
+
+    Of very many, those that were noted first are forgotten.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._monotonic = clock.monotonic
+        self.keys: OrderedDict[ResourceKey, tuple[float, Failure]] = OrderedDict()
+
+    def get(self, key: ResourceKey) -> Failure | None:
+        """Return that there is no such key, if that may still be remembered."""
+        until, failure = self.keys.get(key, (-math.inf, None))
+        if failure is not None and until <= self._monotonic():
+            del self.keys[key]
+            return None
+        return failure
+
+    def keep(self, key: ResourceKey, until: float, failure: Failure) -> None:
+        """Remember that there is none."""
+        if until > self._monotonic():
+            self.keys[key] = until, failure
+            if len(self.keys) > _MOST_ABSENT:
+                self.keys.popitem(last=False)
+
+    def forget(self, keys: Iterable[ResourceKey]) -> None:
+        """Learn that what has been said of these keys may be so no longer."""
+        if self.keys:
+            for key in keys:
+                self.keys.pop(key, None)
+
+
+class News:
+    """Which keys there has been news of while anything was derived, and what is older than that.
+
+    `count` says how much. What a flight has taken in `since` some count is old if there has been
+    other news of it, or of anything that it rests on.
+    """
+
+    def __init__(self) -> None:
+        self.count: int = 0
+        self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
+        self._voucher: tuple[int, int] = 0, 0
+
+    def clear(self) -> None:
+        """Forget of which keys: nobody will ask."""
+        self._changed.clear()
+
+    def note(self, versions: Iterable[tuple[ResourceKey, str | None]]) -> bool:
+        """Take note of what is current now; return False if that is more than is remembered."""
+        self.count += 1
+        for key, version in versions:
+            self._changed[key] = (self.count, version)
+        if len(self._changed) <= _MOST_NEWS:
+            return True
+        self._changed.clear()
+        return False
+
+    def overtakes(self, flight: Flight) -> bool:
+        """Look at all that a flight has taken in, or waits for, and was not known to be current."""
+        since, told = flight.since, self.count
+        if self._voucher != (since, told):
+            self._voucher = since, told
+        stack, seen = [flight], {flight}
+        while stack:
+            gather = stack.pop().gather
+            if gather is None:
+                continue
+            taken = gather.taken()
+            revisions = [each.revision for each in taken if isinstance(each, Reading)]
+            # What failed, or did not exist, may rest on any of it.
+            failed = gather.failures or len(revisions) < len(taken)
+            if failed or self._concerns(revisions):
+                self._voucher = 0, 0
+                return True
+            for awaited in gather.pending:
+                if isinstance(awaited, Flight) and awaited.since < told and awaited not in seen:
+                    seen.add(awaited)
+                    stack.append(awaited)
+        self._drop_old_stand_ins([each for each in seen if each.cached is not None], since)
+        for each in seen:
+            if each.since >= since:
+                each.since = told
+        return False
+
+    def _is_of(self, revision: Revision, since: int) -> bool:
+        told, version = self._changed.get(revision.key, (0, None))
+        return told > since and revision.version != version
+
+    def _concerns(self, revisions: Iterable[Revision]) -> bool:
+        """Whether there is news of any of them, or of what they rest on; each is asked about once.
+
+        One that is vouched for has been found current before, with all that it rests on.
+        """
+        voucher, (since, _), stack = self._voucher, self._voucher, list(revisions)
+        while stack:
+            revision = stack.pop()
+            if revision.vouched is voucher:
+                continue
+            revision.vouched = voucher
+            if self._is_of(revision, since):
+                return True
+            stack += revision.dependencies
+        return False
+
+    def _drop_old_stand_ins(self, flights: Collection[Flight], since: int) -> None:
+        """Let nothing stand in for newcomers that rests on what there has been news of."""
+        old: dict[Revision, bool] = {}
+        stack = [each.cached for each in flights if each.cached is not None]
+        while stack:
+            revision = stack.pop()
+            if revision in old:
+                continue
+            below = [each for each in revision.dependencies if each not in old]
+            if below:
+                stack += revision, *below
+                continue
+            rests_on_old = any(old[each] for each in revision.dependencies)
+            old[revision] = rests_on_old or self._is_of(revision, since)
+        for flight in flights:
+            if flight.cached is not None and old[flight.cached]:
+                flight.cached = None
+
+
+class Publications:
+    """How many publications of each key are under way, and the flights that wait for their outcome.
+
+    A flight waits for those that had begun when its value was there, but not for long.
+    """
+
+    def __init__(self) -> None:
+        self.under_way: dict[ResourceKey, int] = {}
+        self._held_back: dict[ResourceKey, dict[Flight, tuple[int, asyncio.TimerHandle]]] = {}
+
+    def begin(self, keys: Iterable[ResourceKey]) -> None:
+        """Learn that publications begin."""
+        for key in keys:
+            self.under_way[key] = self.under_way.get(key, 0) + 1
+
+    def end(self, keys: Iterable[ResourceKey]) -> list[Flight]:
+        """Learn that publications have ended; return which flights need wait no longer."""
+        freed: list[Flight] = []
+        for key in keys:
+            left = self.under_way.pop(key, 1) - 1
+            if left:
+                self.under_way[key] = left
+            held = self._held_back.pop(key, None) or {}
+            for flight, (before, timer) in tuple(held.items()):
+                if before > 1 and left:
+                    held[flight] = before - 1, timer
+                else:  # those that began after it was read are none of its business
+                    del held[flight]
+                    timer.cancel()
+                    freed.append(flight)
+            if held:
+                self._held_back[key] = held
+        return freed
+
+    def hold_back(self, flight: Flight, timer: asyncio.TimerHandle) -> None:
+        """Let a flight wait, until the timer tells it to do so no longer."""
+        held = self._held_back.setdefault(flight.key, {})
+        held[flight] = self.under_way[flight.key], timer
+
+    def let_go(self, flight: Flight) -> None:
+        """Hold a flight back no longer."""
+        self._held_back.get(flight.key, {}).pop(flight, None)
+
+    def forget(self) -> Collection[Flight]:
+        """Forget what is held back, and return it: it will not be written any more."""
+        held = {
+            each: timer for some in self._held_back.values() for each, (_, timer) in some.items()
+        }
+        for timer in held.values():
+            timer.cancel()
+        self._held_back.clear()
+        return held
+
+
 class SingleFlight:
     """Looks for keys, starts and joins their flights, advances them, and tells who waits.
 
@@ -229,14 +411,11 @@ class SingleFlight:
         self.refresher: Refresher = Refresher(self, variables)
         self._store = parts.access.store
         self._leases = parts.access.leases
-        self._publishing: dict[ResourceKey, int] = {}
-        self._held_back: dict[ResourceKey, dict[Flight, tuple[int, asyncio.TimerHandle]]] = {}
+        self.publications: Publications = Publications()
         self._renewed: dict[ResourceKey, str] = {}
-        self._absent: OrderedDict[ResourceKey, tuple[float, Failure]] = OrderedDict()
-        self._news: int = 0
+        self._absent = Absences(parts.clock)
+        self._news = News()
         self._told: int = 0
-        self._changed: dict[ResourceKey, tuple[int, str | None]] = {}
-        self._voucher: tuple[int, int] = 0, 0
         parts.access.subscribers.subscribe(self)
 
     def broken(self, subject: Subject, error: BaseException) -> None:
@@ -412,7 +591,7 @@ class SingleFlight:
                 return False
             if gather.renews:
                 return False
-            if self._absent and self._known_absent(key) is not None:
+            if self._absent.get(key) is not None:
                 return False
             notes = {"refresh_mode": mode.value, **self._refresh(revision, mode, work)}
         elif mode is RefreshMode.REFRESH_AHEAD and (
@@ -439,7 +618,7 @@ class SingleFlight:
 
     def _missed(self, gather: Gather, wanted: Collection[Wanted]) -> None:
         """Acquire what the cache has nothing of use of, unless there is known to be none."""
-        if self._absent:
+        if self._absent.keys:
             wanted = [each for each in wanted if not self._is_absent(gather, each[0])]
         gather.work.record.cache_misses += len(wanted)
         if self.parts.report is not None:
@@ -449,7 +628,7 @@ class SingleFlight:
 
     def _is_absent(self, gather: Gather, key: ResourceKey) -> bool:
         """Let a key fail for `gather` that is known to be absent."""
-        absent = self._known_absent(key)
+        absent = self._absent.get(key)
         if absent is None:
             return False
         gather.failures[key] = absent
@@ -523,7 +702,7 @@ class SingleFlight:
 
     def shared(self, key: ResourceKey) -> Flight | None:
         """Return the flight that whoever needs a key, whatever its value, may join unseen."""
-        return None if self._absent and key in self._absent else self._joinable(key)
+        return None if key in self._absent.keys else self._joinable(key)
 
     def _joinable(self, key: ResourceKey) -> Flight | None:
         """Return the flight that newcomers may join; one that took in old news is none."""
@@ -537,13 +716,13 @@ class SingleFlight:
             those = {id(pins): pins for pins in gather.under.values() if self._lacks(pins, keys)}
             if those and self._leave_to_pins(gather.owner, those):
                 return
-        flights, work, news, begun = self.board.flights, gather.work, self._news, []
+        flights, work, told, begun = self.board.flights, gather.work, self._news.count, []
         for key, policy, cached in wanted:
             flight = flights.get(key)
             if flight is not None and self._join(gather, flight, cached):
                 flight.policy = policy  # which may be another one by now
                 continue
-            flight = Flight(key, policy, work, news)
+            flight = Flight(key, policy, work, told)
             if cached is not None:
                 flight.cached = cached
             begun.append(flight)
@@ -600,7 +779,7 @@ class SingleFlight:
         if known is not None:
             self._wait_for(gather, known)
             return
-        flight = Flight(key, policy, gather.work, self._news)
+        flight = Flight(key, policy, gather.work, self._news.count)
         flight.pins, flight.cached = gather.pins, cached
         flight.cacheable = flight.forced = key in gather.forced
         gather.pins.private[key] = flight
@@ -823,35 +1002,18 @@ class SingleFlight:
         if final:
             flight.position = len(self.parts.chains.links)
 
-    def _known_absent(self, key: ResourceKey) -> Failure | None:
-        """Return that there is no such key, if that may still be remembered."""
-        until, failure = self._absent.get(key, (-math.inf, None))
-        if failure is not None and until <= self.parts.clock.monotonic():
-            del self._absent[key]
-            return None
-        return failure
-
     def _keep_absence(self, flight: Flight, failure: Failure) -> None:
         """Let it be known that there is none, unless something newer is known of the key."""
         key = flight.key
         if (
             not flight.cacheable
-            or key in self._publishing
+            or key in self.publications.under_way
             or not absence_stands(flight, self.parts)
         ):
             return
         if self._store is not None and key in self._store:
             self._store.drop((key,))
-        if flight.absent_until > self.parts.clock.monotonic():
-            self._absent[key] = flight.absent_until, failure
-            if len(self._absent) > _MOST_ABSENT:
-                self._absent.popitem(last=False)
-
-    def _forget_absent(self, keys: Iterable[ResourceKey]) -> None:
-        """Learn that what has been said of these keys may be so no longer."""
-        if self._absent:
-            for key in keys:
-                self._absent.pop(key, None)
+        self._absent.keep(key, flight.absent_until, failure)
 
     def _not_called(self, link: Link, error: BaseException) -> SourceFailure:
         """Return the failure of a source that was asked something else than to be called."""
@@ -883,7 +1045,7 @@ class SingleFlight:
             each.refresh or each.renews for each in flight.waiters
         )
         flight.wait_for(gather)
-        flight.since = self._news
+        flight.since = self._news.count
         if flight.log is not None:
             flight.log.waits.begin(WaitReason.DEPENDENCIES)
         self.board.derive(flight)
@@ -1009,11 +1171,11 @@ class SingleFlight:
 
     def delivered(self, values: Sequence[Fresh], stored: bool) -> None:
         """Take fresh values of flights; `stored` ones are seen by readers of the memory cache."""
-        known_of = self._absent or self._publishing or self.refresher.failing
+        known_of = self._absent.keys or self.publications.under_way or self.refresher.failing
         if stored and self.parts.report is None and not known_of:
             complete: list[Gather] = []
             try:
-                values = self.board.land(values, self._news, complete)
+                values = self.board.land(values, self._news.count, complete)
             except BaseException as error:
                 for flight, _ in values:
                     self.broken(flight, error)
@@ -1029,8 +1191,8 @@ class SingleFlight:
             report.resource_resolved(revision, flight.link.kind.value, snapshot_id)
         self._is_behind(flight)
         self.refresher.failing.pop(key, None)
-        self._absent.pop(key, None)
-        if key in self._publishing:
+        self._absent.forget((key,))
+        if key in self.publications.under_way:
             self._hold_back(flight, revision)
         elif stored and flight.cacheable and flight.event is None:
             self.settle(flight, Reading(revision, flight.policy.ttl_seconds))
@@ -1046,24 +1208,14 @@ class SingleFlight:
         loop = asyncio.get_running_loop()
         left = [(gather.cutoff - loop.time()) * SHARE for gather in flight.waiters]
         seconds = min([self.parts.access.calls.seconds, *left])
-        held = self._held_back.setdefault(flight.key, {})
-        held[flight] = self._publishing[flight.key], loop.call_later(seconds, self._outwait, flight)
+        timer = loop.call_later(seconds, self._outwait, flight)
+        self.publications.hold_back(flight, timer)
 
     def _outwait(self, flight: Flight) -> None:
         """Give what was held back for too long to those who wait, and store it nowhere."""
-        del self._held_back[flight.key][flight]
+        self.publications.let_go(flight)
         flight.cacheable = False
         self.agenda.add(self._offer, flight)
-
-    def hold_nothing_back(self) -> Collection[Flight]:
-        """Forget what was held back, and return it: it will not be written any more."""
-        held = {
-            each: timer for some in self._held_back.values() for each, (_, timer) in some.items()
-        }
-        for timer in held.values():
-            timer.cancel()
-        self._held_back.clear()
-        return held
 
     def _store_together(
         self,
@@ -1078,7 +1230,8 @@ class SingleFlight:
 
         What there has been news of meanwhile, or was settled, is left to its delivery.
         """
-        store, publishing, now = self._store, self._publishing, self.parts.clock.now()
+        store, now = self._store, self.parts.clock.now()
+        publishing = self.publications.under_way
         if store is None:
             return ()
         news = publishing or self.board.aside  # where all flights are that there was any of
@@ -1420,7 +1573,7 @@ class SingleFlight:
         self._told += 1
         for key, revision in changes.items() if self.board.busy else ():
             self._tell_flights(key, revision)
-        self._forget_absent(changes)
+        self._absent.forget(changes)
         self.refresher.outdate(changes)
         if self._store is None:
             self.reads.hide(changes)
@@ -1439,25 +1592,12 @@ class SingleFlight:
 
     def announced(self, keys: Collection[ResourceKey]) -> None:
         """Learn that publications begin: what was fetched meanwhile waits for their outcome."""
-        for key in keys:
-            self._publishing[key] = self._publishing.get(key, 0) + 1
+        self.publications.begin(keys)
 
     def concluded(self, keys: Collection[ResourceKey]) -> None:
         """Learn that publications have ended: values held back go to the cache, or give way."""
-        for key in keys:
-            left = self._publishing.pop(key, 1) - 1
-            if left:
-                self._publishing[key] = left
-            held = self._held_back.pop(key, None) or {}
-            for flight, (before, timer) in tuple(held.items()):
-                if before > 1 and left:
-                    held[flight] = before - 1, timer
-                else:  # those that began after it was read are none of its business
-                    del held[flight]
-                    timer.cancel()
-                    self.agenda.add(self._offer, flight)
-            if held:
-                self._held_back[key] = held
+        for flight in self.publications.end(keys):
+            self.agenda.add(self._offer, flight)
 
     def invalidating(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Learn that keys are invalidated: what was read before is not cached nor joined."""
@@ -1465,7 +1605,7 @@ class SingleFlight:
             for key in versions:
                 for flight in self.board.under_way(key):
                     self._invalidate(flight)
-        self._forget_absent(versions)
+        self._absent.forget(versions)
         self.refresher.outdate(versions)
         self.reads.hide(dict.fromkeys(versions))
         self._note_news(versions.items())
@@ -1484,7 +1624,7 @@ class SingleFlight:
         taken = lineage(each.revision for each in known if isinstance(each, Reading))
         under_way = [*self.board.flights, *self.board.aside, *self.refresher.keys]
         under_way += [revision.key for revision in taken.values()]
-        under_way += [*self.refresher.failing, *self._absent]
+        under_way += [*self.refresher.failing, *self._absent.keys]
         self.invalidating({key: None for key in under_way if matches(key)})
 
     def _hide_what_has_begun(self) -> None:
@@ -1492,19 +1632,14 @@ class SingleFlight:
         for flight in tuple(self.board.flights.values()):
             if flight.has_begun:
                 self.board.hide(flight, cacheable=True)
-        self._absent.clear()
+        self._absent.keys.clear()
         self.reads.hide({})
 
     def _note_news(self, versions: Iterable[tuple[ResourceKey, str | None]]) -> None:
         """Remember news for those who may want to join a derivation that has read before it."""
         if not self.board.deriving:  # who else would ask?
-            self._changed.clear()
-            return
-        self._news += 1
-        for key, version in versions:
-            self._changed[key] = (self._news, version)
-        if len(self._changed) > _MOST_NEWS:
-            self._changed.clear()
+            self._news.clear()
+        elif not self._news.note(versions):
             for flight in tuple(self.board.deriving):
                 self.board.hide(flight, cacheable=False)
 
@@ -1513,84 +1648,21 @@ class SingleFlight:
 
         If so, newcomers must not join it, and its value is not cached.
         """
-        if self._news <= flight.since:
+        if self._news.count <= flight.since:
             return False
         if not (flight.joinable or flight.cacheable):
             return True
-        if not self._has_taken_old(flight):
+        if not self._news.overtakes(flight):
             return False
         self.board.hide(flight, cacheable=False)
         return True
-
-    def _has_taken_old(self, flight: Flight) -> bool:
-        """Look at all that a flight has taken in, or waits for, and was not known to be current."""
-        since, news = flight.since, self._news
-        if self._voucher != (since, news):
-            self._voucher = since, news
-        stack, seen = [flight], {flight}
-        while stack:
-            gather = stack.pop().gather
-            if gather is None:
-                continue
-            taken = gather.taken()
-            revisions = [each.revision for each in taken if isinstance(each, Reading)]
-            # What failed, or did not exist, may rest on any of it.
-            failed = gather.failures or len(revisions) < len(taken)
-            if failed or self._rests_on_news(revisions):
-                self._voucher = 0, 0
-                return True
-            for awaited in gather.pending:
-                if isinstance(awaited, Flight) and awaited.since < news and awaited not in seen:
-                    seen.add(awaited)
-                    stack.append(awaited)
-        self._drop_old_stand_ins([each for each in seen if each.cached is not None], since)
-        for each in seen:
-            if each.since >= since:
-                each.since = news
-        return False
-
-    def _drop_old_stand_ins(self, flights: Collection[Flight], since: int) -> None:
-        """Let nothing stand in for newcomers that rests on what there has been news of."""
-        old: dict[Revision, bool] = {}
-        stack = [each.cached for each in flights if each.cached is not None]
-        while stack:
-            revision = stack.pop()
-            if revision in old:
-                continue
-            below = [each for each in revision.dependencies if each not in old]
-            if below:
-                stack += revision, *below
-                continue
-            told, version = self._changed.get(revision.key, (0, None))
-            is_old = told > since and revision.version != version
-            old[revision] = is_old or any(old[each] for each in revision.dependencies)
-        for flight in flights:
-            if flight.cached is not None and old[flight.cached]:
-                flight.cached = None
-
-    def _rests_on_news(self, revisions: Iterable[Revision]) -> bool:
-        """Whether there is news of any of them, or of what they rest on; each is asked about once.
-
-        One that is vouched for has been found current before, with all that it rests on.
-        """
-        voucher, (since, _), stack = self._voucher, self._voucher, list(revisions)
-        while stack:
-            revision = stack.pop()
-            if revision.vouched is voucher:
-                continue
-            revision.vouched = voucher
-            told, version = self._changed.get(revision.key, (0, None))
-            if told > since and revision.version != version:
-                return True
-            stack += revision.dependencies
-        return False
 
     def forget(self) -> None:
         """Start nothing any more, and tell the circuits of calls: the event loop has ended."""
         self.parts.access.subscribers.unsubscribe(self)
         self.refresher.closed = True
         self.dispatch.close()
-        self.hold_nothing_back()
+        self.publications.forget()
         for flight in [*self.board.flights.values(), *chain(*self.board.aside.values())]:
             if flight.call is not None:
                 flight.call.forget()
@@ -2175,7 +2247,7 @@ class Engine:
             for steps, call in tuple(endings.items()):
                 call.work_off(steps)
             await self.flights.agenda.finish()
-        for flight in self.flights.hold_nothing_back():
+        for flight in self.flights.publications.forget():
             self.flights.settle(flight, Failed(Failure.unwanted(flight.key)))
         running |= await self.parts.access.drain(until - now())
         left: dict[str, int] = {}
