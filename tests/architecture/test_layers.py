@@ -10,23 +10,10 @@ import pytest
 from tests.architecture.source_tree import Module, modules
 
 RANK = {
-    "core": 0,
-    "_endings": 0.25,
-    "_lockfree": 0.5,
-    "concurrency": 1,
-    "observability": 1,
-    "resilience": 2,
-    "cache": 2,
-    "orchestration": 3,
-    "adapters": 4,
-    "testing": 4,
-    "sync": 4,
-    "_telemetry": 4.5,
-    "inspect": 5,
-    "opentelemetry": 5,
-    "redis": 5,
-    "prometheus": 5,
-}
+    "core": 0, "_endings": 0.25, "_lockfree": 0.5, "concurrency": 1, "observability": 1,
+    "resilience": 2, "cache": 2, "orchestration": 3, "adapters": 4, "testing": 4, "sync": 4,
+    "_telemetry": 4.5, "inspect": 5, "opentelemetry": 5, "redis": 5, "prometheus": 5,
+}  # fmt: skip
 FOREIGN_IN = {
     "opentelemetry": {"opentelemetry"},
     "prometheus": {"prometheus_client"},

@@ -60,14 +60,7 @@ def name_of(size: int) -> str:
     return f"growth-{size}"
 
 
-LINES = tuple(
-    Line(
-        name_of(size),
-        f"snapshot of {size:,} keys",
-        PER_KEY,
-        "",
-        functools.partial(subjects_at, size),
-        rounds=max(1, min(12, 20_000 // size)),
-    )
-    for size in SIZES
-)
+LINES = tuple(Line(
+    name_of(size), f"snapshot of {size:,} keys", PER_KEY, "", functools.partial(subjects_at, size),
+    rounds=max(1, min(12, 20_000 // size)),
+) for size in SIZES)  # fmt: skip

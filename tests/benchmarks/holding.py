@@ -230,13 +230,9 @@ def _derived(
     name: str, needs: Callable[[ResourceKey], Collection[ResourceKey]]
 ) -> CallableDerivedSource:
     return CallableDerivedSource(
-        name=name,
-        priority=1,
-        supports=lambda key: key.name == name,
-        dependencies=needs,
-        deriver=lambda key, known, context: len(known),
-        run_sync_in_thread=False,
-    )
+        name=name, priority=1, supports=lambda key: key.name == name, dependencies=needs,
+        deriver=lambda key, known, context: len(known), run_sync_in_thread=False,
+    )  # fmt: skip
 
 
 HOLDS = {

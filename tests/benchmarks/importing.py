@@ -28,12 +28,9 @@ def seconds_of(statement: str) -> float:
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     surroundings.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM.format(statement=statement)],
-        env=surroundings,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+        [sys.executable, "-c", _PROGRAM.format(statement=statement)], env=surroundings,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     return float(done.stdout)
 
 

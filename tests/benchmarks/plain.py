@@ -24,17 +24,9 @@ class Entry:
     """What a plain cache keeps for a key."""
 
     __slots__ = (
-        "attempts",
-        "authority_rank",
-        "dependency_versions",
-        "fetched_at",
-        "latency_ms",
-        "metadata",
-        "observed_at",
-        "source",
-        "value",
-        "version",
-    )
+        "attempts", "authority_rank", "dependency_versions", "fetched_at", "latency_ms", "metadata",
+        "observed_at", "source", "value", "version",
+    )  # fmt: skip
 
     def __init__(self, value: Any, observed_at: float, fetched_at: float) -> None:
         self.value = value
@@ -53,21 +45,10 @@ class Record:
     """What a plain reader gets: the facts of a `SnapshotValue`, in a slotted record."""
 
     __slots__ = (
-        "age_seconds",
-        "attempts",
-        "authority_rank",
-        "dependency_versions",
-        "fetched_at",
-        "from_cache",
-        "key",
-        "latency_ms",
-        "metadata",
-        "observed_at",
-        "source",
-        "stale",
-        "value",
+        "age_seconds", "attempts", "authority_rank", "dependency_versions", "fetched_at",
+        "from_cache", "key", "latency_ms", "metadata", "observed_at", "source", "stale", "value",
         "version",
-    )
+    )  # fmt: skip
 
     def __init__(
         self, key: ResourceKey, entry: Entry, value: Any, age: float, from_cache: bool

@@ -35,11 +35,8 @@ def measured(
 
 def _in_a_process(line: Line, scale: Scale) -> Samples:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.worker", line.name, scale.name],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+        [sys.executable, "-m", "tests.benchmarks.worker", line.name, scale.name], cwd=ROOT,
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
     samples: Samples = json.loads(done.stdout)
     return samples

@@ -87,13 +87,10 @@ def row_of(line: Line, processes: Sequence[Samples]) -> Row:
     floor = FLOOR if FLOOR in figures else UNWATCHED
     rivals = [(name, figures[name]) for name in RIVALS if name in figures]
     return Row(
-        line,
-        figures[OURS],
-        figures.get(floor),
-        ratio(processes, OURS, floor),
+        line, figures[OURS], figures.get(floor), ratio(processes, OURS, floor),
         ratio(processes, OURS, YARDSTICK),
         min(rivals, key=lambda rival: rival[1].median, default=None),
-    )
+    )  # fmt: skip
 
 
 def rows_of(lines: Sequence[Line], runs: Mapping[str, Sequence[Samples]]) -> list[Row]:

@@ -214,15 +214,10 @@ async def publish_now_and_then(builder: SnapshotBuilder) -> None:
 def together(server: Server, count: int, seconds: float) -> str:
     server.command("FLUSHALL")
     command = [sys.executable, "-m", "tests.benchmarks.shared", "--reader", server.url]
-    processes = [
-        subprocess.Popen(
-            [*command, "--seconds", str(seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(count)
-    ]
+    processes = [subprocess.Popen(
+        [*command, "--seconds", str(seconds)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    ) for _ in range(count)]  # fmt: skip
     for each in processes:
         assert each.stdout is not None
         each.stdout.readline()

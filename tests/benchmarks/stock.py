@@ -94,13 +94,9 @@ def derived_source() -> CallableDerivedSource:
         return SourcePayload({"mark": value.value["price"]})
 
     return CallableDerivedSource(
-        name="mark",
-        priority=2,
-        supports=lambda key: key.name == "mark",
-        dependencies=lambda key: (base_of(key),),
-        deriver=derive,
-        run_sync_in_thread=False,
-    )
+        name="mark", priority=2, supports=lambda key: key.name == "mark",
+        dependencies=lambda key: (base_of(key),), deriver=derive, run_sync_in_thread=False,
+    )  # fmt: skip
 
 
 def builder_of(*sources: Any, **settings: Any) -> SnapshotBuilder:

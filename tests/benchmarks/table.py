@@ -29,16 +29,12 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.share is not None:
         rival = f"{row.share:.2f} of deepcopy"
     return (
-        row.line.work,
-        "" if row.floors is None else f"{row.floors:.1f}",
+        row.line.work, "" if row.floors is None else f"{row.floors:.1f}",
         "" if row.line.aim is None else str(row.line.aim),
         {None: "", True: "met", False: "**missed**"}[row.met],
-        f"{_amount(row.ours, unit)} {unit.name}",
-        f"±{row.ours.spread:.0%}",
-        "" if row.floor is None else _amount(row.floor, unit),
-        rival,
-        row.line.published,
-    )
+        f"{_amount(row.ours, unit)} {unit.name}", f"±{row.ours.spread:.0%}",
+        "" if row.floor is None else _amount(row.floor, unit), rival, row.line.published,
+    )  # fmt: skip
 
 
 def _amount(figure: Figure, unit: Unit) -> str:

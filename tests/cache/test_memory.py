@@ -70,15 +70,11 @@ async def test_matching_keys_are_invalidated_and_returned() -> None:
         await cache.invalidate_matching("A")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "narrowing, left",
-    [
-        ({}, {("b", "x", "")}),
-        ({"name": "x"}, {("a", "y", "1"), ("b", "x", "")}),
-        ({"name": "x", "subject": "1"}, {("a", "x", ""), ("a", "y", "1"), ("b", "x", "")}),
-        ({"subject": ""}, {("a", "x", "1"), ("a", "y", "1"), ("b", "x", "")}),
-    ],
-)
+@pytest.mark.parametrize("narrowing, left", [
+    ({}, {("b", "x", "")}), ({"name": "x"}, {("a", "y", "1"), ("b", "x", "")}),
+    ({"name": "x", "subject": "1"}, {("a", "x", ""), ("a", "y", "1"), ("b", "x", "")}),
+    ({"subject": ""}, {("a", "x", "1"), ("a", "y", "1"), ("b", "x", "")}),
+])  # fmt: skip
 async def test_a_namespace_is_invalidated_as_narrowly_as_asked(
     narrowing: dict[str, str], left: set[tuple[str, str, str]]
 ) -> None:
@@ -107,17 +103,9 @@ async def test_statistics_add_up() -> None:
     await payload_of(cache, B)
     await cache.clear()
     assert await cache.stats() == CacheStats(
-        size=0,
-        max_entries=1,
-        hits=1,
-        misses=1,
-        fresh_hits=1,
-        stale_hits=0,
-        sets=2,
-        invalidations=1,
-        evictions=1,
-        expirations=0,
-    )
+        size=0, max_entries=1, hits=1, misses=1, fresh_hits=1, stale_hits=0, sets=2,
+        invalidations=1, evictions=1, expirations=0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("settings, error", [
@@ -168,26 +156,20 @@ async def test_values_of_which_there_is_one_look_only_are_all_stored() -> None:
     assert await cache.size() == 3
 
 
-@pytest.mark.parametrize(
-    "method, arguments",
-    [
-        ("get", {"key": "x", "now": NOW, "policy": POLICY}),
-        ("get", {"policy": None, "key": A, "now": NOW}),
-        ("get_many", {"keys": 5, "now": NOW, "policies": {}}),
-        ("get_many", {"keys": "x", "now": NOW, "policies": {"x": POLICY}}),
-        ("get_many", {"policies": 5, "keys": (A,), "now": NOW}),
-        ("get_many", {"policies": {A: 5.0}, "keys": (A,), "now": NOW}),
-        ("set_many", {"values": 5}),
-        ("set_if_newer", {"force": 1, "value": value_of()}),
-        ("set_many_if_newer", {"replace_equal": "yes", "values": ()}),
-        ("invalidate", {"key": "x"}),
-        ("invalidate_many", {"keys": "xy"}),
-        ("invalidate_many", {"keys": A}),
-        ("invalidate_namespace", {"namespace": None}),
-        ("invalidate_namespace", {"subject": 5, "namespace": "n"}),
-        ("prune", {"policy_resolver": POLICY, "now": NOW}),
-    ],
-)
+@pytest.mark.parametrize("method, arguments", [
+    ("get", {"key": "x", "now": NOW, "policy": POLICY}),
+    ("get", {"policy": None, "key": A, "now": NOW}),
+    ("get_many", {"keys": 5, "now": NOW, "policies": {}}),
+    ("get_many", {"keys": "x", "now": NOW, "policies": {"x": POLICY}}),
+    ("get_many", {"policies": 5, "keys": (A,), "now": NOW}),
+    ("get_many", {"policies": {A: 5.0}, "keys": (A,), "now": NOW}), ("set_many", {"values": 5}),
+    ("set_if_newer", {"force": 1, "value": value_of()}),
+    ("set_many_if_newer", {"replace_equal": "yes", "values": ()}), ("invalidate", {"key": "x"}),
+    ("invalidate_many", {"keys": "xy"}), ("invalidate_many", {"keys": A}),
+    ("invalidate_namespace", {"namespace": None}),
+    ("invalidate_namespace", {"subject": 5, "namespace": "n"}),
+    ("prune", {"policy_resolver": POLICY, "now": NOW}),
+])  # fmt: skip
 async def test_a_wrong_argument_is_refused_by_name(method: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"^{next(iter(arguments))[:3]}.* must "):
         await getattr(AsyncMemoryCache(), method)(**arguments)

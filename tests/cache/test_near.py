@@ -296,12 +296,9 @@ async def test_nor_a_derivation_that_has_taken_in_what_may_be_old(since: str) ->
         return value
 
     derived = CallableDerivedSource(
-        name="derived",
-        priority=2,
-        supports=lambda key: key == B,
-        dependencies=lambda _: [A],
+        name="derived", priority=2, supports=lambda key: key == B, dependencies=lambda _: [A],
         deriver=derive,
-    )
+    )  # fmt: skip
     async with builder_over(cache, one, derived) as builder:
         first = await begun(builder.build([B]), gate)
         cache.held[A] = value_of(A, 2)  # by another process

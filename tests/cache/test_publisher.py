@@ -42,13 +42,10 @@ def shared(
     """A publisher as a builder makes it, and how that accesses the cache."""
     access = CacheAccess(cache, PayloadCopies("builder"), 4, ObservationPolicy())
     defaults: dict[str, Any] = {
-        "clock": ManualClock(NOW),
-        "policy_resolver": PolicyResolver(POLICY),
-        "observation_policy": ObservationPolicy(),
-        "authority_resolver": None,
-        "metrics": NullMetrics(),
-        "events": NullEventSink(),
-    }
+        "clock": ManualClock(NOW), "policy_resolver": PolicyResolver(POLICY),
+        "observation_policy": ObservationPolicy(), "authority_resolver": None,
+        "metrics": NullMetrics(), "events": NullEventSink(),
+    }  # fmt: skip
     return access, ResourcePublisher.sharing(access, None, check_open, **{**defaults, **settings})
 
 

@@ -12,25 +12,18 @@ from tests.contracts.samples import NOW, A, B, revision_of
 def fetch(ended_at: float, seconds: float, began: int = 0) -> Any:
     """Return what an undated fetch brought that took so long."""
     return revision_of(
-        observed_at=ended_at,
-        fetched_at=ended_at,
-        latency_ms=seconds * 1000,
-        dated=False,
+        observed_at=ended_at, fetched_at=ended_at, latency_ms=seconds * 1000, dated=False,
         began=began,
-    )
+    )  # fmt: skip
 
 
 def event(at: float, *, dated: bool = False, known: bool = True) -> Any:
     number = 0 if dated else next_number()
     return revision_of(
-        observed_at=at,
-        fetched_at=at,
-        latency_ms=0.0,
-        attempts=0,
-        dated=dated,
+        observed_at=at, fetched_at=at, latency_ms=0.0, attempts=0, dated=dated,
         began=number if known else 0,
         version=version_of(number) if number and known else f"elsewhere {number}",
-    )
+    )  # fmt: skip
 
 
 def test_the_later_of_two_equals_wins_and_keys_keep_their_order() -> None:

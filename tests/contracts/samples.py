@@ -26,19 +26,11 @@ def value_of(
     rests_on: Collection[SnapshotValue[Any]] = (),
 ) -> SnapshotValue[Any]:
     return SnapshotValue(
-        key=key,
-        value=payload,
-        source="test",
-        observed_at=observed_at,
-        fetched_at=NOW,
-        age_seconds=max(0.0, NOW - observed_at),
-        stale=False,
-        from_cache=False,
-        latency_ms=1.5,
-        metadata=metadata or {},
-        authority_rank=rank,
+        key=key, value=payload, source="test", observed_at=observed_at, fetched_at=NOW,
+        age_seconds=max(0.0, NOW - observed_at), stale=False, from_cache=False, latency_ms=1.5,
+        metadata=metadata or {}, authority_rank=rank,
         dependency_versions={each.key: each.version for each in rests_on},
-    )
+    )  # fmt: skip
 
 
 def revision_of(
@@ -55,24 +47,14 @@ def revision_of(
     sealed = (copies or PayloadCopies("test")).seal_now(payload, context="test")
     assert sealed is not None
     fields: dict[str, Any] = {
-        "fetched_at": NOW,
-        "latency_ms": 1.5,
-        "attempts": 1,
-        "version": next_version(),
-        **others,
-    }
+        "fetched_at": NOW, "latency_ms": 1.5, "attempts": 1, "version": next_version(), **others,
+    }  # fmt: skip
     return Revision(
-        key=key,
-        payload=sealed[0],
-        seal=sealed[1],
-        source="test",
-        observed_at=observed_at,
-        metadata=FrozenDict(metadata or {}),
-        authority_rank=rank,
+        key=key, payload=sealed[0], seal=sealed[1], source="test", observed_at=observed_at,
+        metadata=FrozenDict(metadata or {}), authority_rank=rank,
         dependency_versions=FrozenDict({each.key: each.version for each in rests_on}),
-        dependencies=tuple(rests_on),
-        **fields,
-    )
+        dependencies=tuple(rests_on), **fields,
+    )  # fmt: skip
 
 
 class Witness:

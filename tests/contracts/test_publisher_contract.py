@@ -263,22 +263,13 @@ async def test_outcomes_are_reported(cache: AsyncCache) -> None:
         "resource_publish_ignored",
     ]
     assert events.seen[1][1] == {
-        "resource": str(A),
-        "source": "s",
-        "observed_at": NOW,
-        "replaced": True,
-        "forced": True,
+        "resource": str(A), "source": "s", "observed_at": NOW, "replaced": True, "forced": True,
         "authority_rank": 0,
-    }
+    }  # fmt: skip
     assert events.seen[2][1] == {
-        "resource": str(A),
-        "source": "s",
-        "status": "ignored_older",
-        "observed_at": NOW - 1,
-        "cached_observed_at": NOW,
-        "candidate_authority_rank": 0,
-        "cached_authority_rank": 0,
-    }
+        "resource": str(A), "source": "s", "status": "ignored_older", "observed_at": NOW - 1,
+        "cached_observed_at": NOW, "candidate_authority_rank": 0, "cached_authority_rank": 0,
+    }  # fmt: skip
     labels = {"resource_namespace": "market", "resource_name": "price", "source": "s"}
     assert metrics.counter("resource_publish_total", status="published", **labels) == 2
     assert metrics.counter("resource_publish_total", status="ignored_older", **labels) == 1

@@ -33,16 +33,9 @@ ANYTHING = ResourceAcceptanceRule()
 
 def value(key: ResourceKey, **changes: Any) -> SnapshotValue[Any]:
     facts: dict[str, Any] = {
-        "key": key,
-        "value": 1,
-        "source": "rest",
-        "observed_at": NOW,
-        "fetched_at": NOW,
-        "age_seconds": 0.0,
-        "stale": False,
-        "from_cache": False,
-        "latency_ms": 0.0,
-    }
+        "key": key, "value": 1, "source": "rest", "observed_at": NOW, "fetched_at": NOW,
+        "age_seconds": 0.0, "stale": False, "from_cache": False, "latency_ms": 0.0,
+    }  # fmt: skip
     return SnapshotValue(**{**facts, **changes})
 
 
@@ -92,17 +85,12 @@ class TestManyAtOnce:
             wanted = tuple(kind(few) for kind in kinds) if few else ()
             if not (rule.has_constraints or wanted):
                 continue
-            values = [
-                value(
-                    key,
-                    observed_at=NOW - chance.choice((0.0, 2.0, 6.0)),
-                    age_seconds=chance.choice((0.0, 5.0)),
-                    stale=chance.random() < 0.2,
-                    authority_rank=chance.choice((0, 2, 5)),
-                    dependency_versions=chance.choice(({}, {}, {}, {C: "v"})),
-                )
-                for key in chance.sample((A, B, C), chance.randint(0, 3))
-            ]
+            values = [value(
+                key, observed_at=NOW - chance.choice((0.0, 2.0, 6.0)),
+                age_seconds=chance.choice((0.0, 5.0)), stale=chance.random() < 0.2,
+                authority_rank=chance.choice((0, 2, 5)),
+                dependency_versions=chance.choice(({}, {}, {}, {C: "v"})),
+            ) for key in chance.sample((A, B, C), chance.randint(0, 3))]  # fmt: skip
             at_once, one_by_one = (
                 SnapshotAcceptancePolicy(rule, requirements=wanted),
                 SnapshotAcceptancePolicy(rule, {ResourceKey("n", "other"): ANYTHING}, wanted),
@@ -125,35 +113,25 @@ class TestRules:
             SnapshotAcceptancePolicy(FRESH), value(A, stale=True, observed_at=NOW - 2.0)
         )
         assert violation == SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.STALE,
-            (A,),
-            "n:a must be fresh, got a stale value observed 2 s ago",
-            key=A,
-            current_age_seconds=2.0,
+            SnapshotAcceptanceReason.STALE, (A,),
+            "n:a must be fresh, got a stale value observed 2 s ago", key=A, current_age_seconds=2.0,
             stale=True,
-        )
+        )  # fmt: skip
 
     def test_an_old_value_is_reported_with_both_ages(self) -> None:
         violation = only(SnapshotAcceptancePolicy(YOUNG), old(A))
         assert violation == SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.TOO_OLD,
-            (A,),
-            "n:a must be at most 5 s old, got 9 s",
-            key=A,
-            current_age_seconds=9.0,
-            max_age_seconds=5.0,
-        )
+            SnapshotAcceptanceReason.TOO_OLD, (A,), "n:a must be at most 5 s old, got 9 s", key=A,
+            current_age_seconds=9.0, max_age_seconds=5.0,
+        )  # fmt: skip
 
     def test_a_low_rank_is_reported_with_both_ranks(self) -> None:
         violation = only(SnapshotAcceptancePolicy(RANKED), value(A, authority_rank=2))
         assert violation == SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY,
-            (A,),
-            "n:a must have an authority rank of at least 3, got 2 from source rest",
-            key=A,
-            authority_rank=2,
-            minimum_authority_rank=3,
-        )
+            SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY, (A,),
+            "n:a must have an authority rank of at least 3, got 2 from source rest", key=A,
+            authority_rank=2, minimum_authority_rank=3,
+        )  # fmt: skip
 
     def test_a_value_may_break_several_rules_at_once(self) -> None:
         policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(5.0, False, 3))
@@ -271,13 +249,10 @@ class TestRequirements:
         ]
 
     def test_an_alternative_of_two_failed_requirements_is_reported_for_the_first(self) -> None:
-        policy = SnapshotAcceptancePolicy(
-            YOUNG,
-            requirements=(
-                SnapshotRequirement.any_of([B], name="one"),
-                SnapshotRequirement.any_of([B, C], name="two"),
-            ),
-        )
+        policy = SnapshotAcceptancePolicy(YOUNG, requirements=(
+            SnapshotRequirement.any_of([B], name="one"),
+            SnapshotRequirement.any_of([B, C], name="two"),
+        ))  # fmt: skip
         assert found(policy, old(B), required=(), optional=(B, C)) == [
             ("requirement_unsatisfied", None, "one"),
             ("too_old", B, "one"),

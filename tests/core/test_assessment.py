@@ -59,15 +59,10 @@ class Buffer:
 
 
 def health(**facts: Any) -> BuilderHealth:
-    return BuilderHealth(
-        **{
-            "closed": False,
-            "background_refreshes": 0,
-            "singleflight_in_flight": 0,
-            "source_support_cache_entries": 0,
-            **facts,
-        }
-    )
+    return BuilderHealth(**{
+        "closed": False, "background_refreshes": 0, "singleflight_in_flight": 0,
+        "source_support_cache_entries": 0, **facts,
+    })  # fmt: skip
 
 
 def found(facts: BuilderHealth, **options: Any) -> list[tuple[Any, ...]]:
@@ -84,14 +79,11 @@ def test_a_builder_at_rest_is_healthy() -> None:
     assert verdict.reasons == ()
 
 
-@pytest.mark.parametrize(
-    "fact, reason",
-    [
-        ("closed", Reason.BUILDER_CLOSED),
-        ("payload_copy_shutdown_incomplete", Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE),
-        ("observability_shutdown_incomplete", Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE),
-    ],
-)
+@pytest.mark.parametrize("fact, reason", [
+    ("closed", Reason.BUILDER_CLOSED),
+    ("payload_copy_shutdown_incomplete", Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE),
+    ("observability_shutdown_incomplete", Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE),
+])  # fmt: skip
 def test_what_is_closed_or_cannot_close_is_critical(fact: str, reason: BuilderHealthReason) -> None:
     verdict = health(**{fact: True}).assess()
     assert verdict.severity is CRITICAL
@@ -107,21 +99,14 @@ def test_an_open_buffer_that_nobody_empties_is_critical(buffer: Buffer, stopped:
     assert found(health(observability_buffers={"events": buffer})) == expected * stopped
 
 
-@pytest.mark.parametrize(
-    "waiting, limiters, expected",
-    [
-        (0, {"rest": Limiter(4, 0)}, []),
-        (1, {"rest": Limiter(4, 1)}, [(DEGRADED, 1, 1, "rest")]),
-        (3, {"rest": Limiter(4, 3)}, [(DEGRADED, 3, 1, "rest")]),
-        (4, {"rest": Limiter(4, 4)}, [(CRITICAL, 1.0, 1.0, "rest")]),
-        (
-            5,
-            {"__global__": Limiter(8, 2), "rest": Limiter(2, 3), "web": Limiter(4, 0)},
-            [(CRITICAL, 1.5, 1.0, "rest")],
-        ),
-        (2, {}, [(DEGRADED, 2, 1, "")]),
-    ],
-)
+@pytest.mark.parametrize("waiting, limiters, expected", [
+    (0, {"rest": Limiter(4, 0)}, []), (1, {"rest": Limiter(4, 1)}, [(DEGRADED, 1, 1, "rest")]),
+    (3, {"rest": Limiter(4, 3)}, [(DEGRADED, 3, 1, "rest")]),
+    (4, {"rest": Limiter(4, 4)}, [(CRITICAL, 1.0, 1.0, "rest")]),
+    (5, {"__global__": Limiter(8, 2), "rest": Limiter(2, 3), "web": Limiter(4, 0)},
+        [(CRITICAL, 1.5, 1.0, "rest")]),
+    (2, {}, [(DEGRADED, 2, 1, "")]),
+])  # fmt: skip
 def test_waiting_for_capacity_is_judged_by_the_limiter_with_most_waiters_for_its_limit(
     waiting: int, limiters: dict[str, Limiter], expected: list[tuple[Any, ...]]
 ) -> None:
@@ -170,15 +155,11 @@ def test_a_buffer_of_unknown_size_has_no_backlog() -> None:
 
 
 def test_circuits_that_are_not_closed_are_counted_by_state() -> None:
-    facts = health(
-        circuits={
-            Identity("rest", "a"): Circuit(State.OPEN),
-            Identity("rest", "b"): Circuit(State.OPEN),
-            Identity("db"): Circuit(State.OPEN),
-            Identity("feed"): Circuit(State.HALF_OPEN),
-            Identity("fine"): Circuit(State.CLOSED),
-        }
-    )
+    facts = health(circuits={
+        Identity("rest", "a"): Circuit(State.OPEN), Identity("rest", "b"): Circuit(State.OPEN),
+        Identity("db"): Circuit(State.OPEN), Identity("feed"): Circuit(State.HALF_OPEN),
+        Identity("fine"): Circuit(State.CLOSED),
+    })  # fmt: skip
     assert found(facts) == [
         (Reason.CIRCUIT_OPEN, DEGRADED, 3, 1, "db, rest"),
         (Reason.CIRCUIT_HALF_OPEN, DEGRADED, 1, 1, "feed"),
@@ -261,40 +242,26 @@ def test_without_an_earlier_snapshot_no_counter_is_judged() -> None:
 
 def everything_at_once() -> BuilderHealth:
     return health(
-        closed=True,
-        unsafe_blocking_source_count=1,
+        closed=True, unsafe_blocking_source_count=1,
         observability_buffers={"events": Buffer(10, worker_alive=False)},
-        payload_copy_shutdown_incomplete=True,
-        observability_shutdown_incomplete=True,
-        waiting_for_capacity=1,
-        waiting_for_copy_capacity=1,
-        pending_submissions=10,
+        payload_copy_shutdown_incomplete=True, observability_shutdown_incomplete=True,
+        waiting_for_capacity=1, waiting_for_copy_capacity=1, pending_submissions=10,
         max_pending_submissions=10,
         circuits={Identity("b"): Circuit(State.HALF_OPEN), Identity("a"): Circuit(State.OPEN)},
-        sources={"c": Slow(3)},
-        cache_left_alone=True,
-        **{counter: 5 for counter, _ in GROWTH},
-    )
+        sources={"c": Slow(3)}, cache_left_alone=True, **{counter: 5 for counter, _ in GROWTH},
+    )  # fmt: skip
 
 
 def test_findings_come_in_one_order_and_every_reason_has_its_place() -> None:
     verdict = everything_at_once().assess(previous=health())
     assert verdict.reasons == (
-        Reason.BUILDER_CLOSED,
-        Reason.UNSAFE_BLOCKING_SOURCE,
-        Reason.OBSERVABILITY_WORKER_STOPPED,
-        Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE,
-        Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE,
-        Reason.SOURCE_CAPACITY_WAITING,
-        Reason.PAYLOAD_COPY_CAPACITY_WAITING,
-        Reason.SUBMISSION_BACKLOG_HIGH,
-        Reason.OBSERVABILITY_BACKLOG_HIGH,
-        Reason.CIRCUIT_OPEN,
-        Reason.CIRCUIT_HALF_OPEN,
-        Reason.SOURCE_SLOWER_THAN_DEADLINES,
-        Reason.CACHE_LEFT_ALONE,
+        Reason.BUILDER_CLOSED, Reason.UNSAFE_BLOCKING_SOURCE, Reason.OBSERVABILITY_WORKER_STOPPED,
+        Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE, Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE,
+        Reason.SOURCE_CAPACITY_WAITING, Reason.PAYLOAD_COPY_CAPACITY_WAITING,
+        Reason.SUBMISSION_BACKLOG_HIGH, Reason.OBSERVABILITY_BACKLOG_HIGH, Reason.CIRCUIT_OPEN,
+        Reason.CIRCUIT_HALF_OPEN, Reason.SOURCE_SLOWER_THAN_DEADLINES, Reason.CACHE_LEFT_ALONE,
         *(reason for _, reason in GROWTH),
-    )
+    )  # fmt: skip
     assert set(verdict.reasons) == set(BuilderHealthReason)
     assert (verdict.severity, verdict.baseline_used) == (CRITICAL, True)
 
@@ -345,26 +312,20 @@ def test_every_threshold_can_be_set(
     assert health(**facts).assess(previous=health(), policy=thresholds).severity is expected
 
 
-@pytest.mark.parametrize(
-    "name, value, kind",
-    [
-        ("capacity_waiting_degraded", 0, ValueError),
-        ("capacity_waiting_degraded", 1.0, TypeError),
-        ("capacity_waiting_critical_ratio", 0, ValueError),
-        ("capacity_waiting_critical_ratio", float("inf"), ValueError),
-        ("copy_waiting_degraded", True, TypeError),
-        ("copy_waiting_critical_ratio", "1", TypeError),
-        ("submission_backlog_degraded_ratio", 0.0, ValueError),
-        ("submission_backlog_degraded_ratio", float("nan"), ValueError),
-        ("submission_backlog_critical_ratio", 1.1, ValueError),
-        ("submission_backlog_critical_ratio", 0.4, ValueError),
-        ("observability_backlog_degraded_ratio", -1, ValueError),
-        ("observability_backlog_critical_ratio", 0.4, ValueError),
-        ("deadline_cuts_degraded", 0, ValueError),
-        ("counter_delta_degraded", 0, ValueError),
-        ("counter_delta_critical", None, TypeError),
-    ],
-)
+@pytest.mark.parametrize("name, value, kind", [
+    ("capacity_waiting_degraded", 0, ValueError), ("capacity_waiting_degraded", 1.0, TypeError),
+    ("capacity_waiting_critical_ratio", 0, ValueError),
+    ("capacity_waiting_critical_ratio", float("inf"), ValueError),
+    ("copy_waiting_degraded", True, TypeError), ("copy_waiting_critical_ratio", "1", TypeError),
+    ("submission_backlog_degraded_ratio", 0.0, ValueError),
+    ("submission_backlog_degraded_ratio", float("nan"), ValueError),
+    ("submission_backlog_critical_ratio", 1.1, ValueError),
+    ("submission_backlog_critical_ratio", 0.4, ValueError),
+    ("observability_backlog_degraded_ratio", -1, ValueError),
+    ("observability_backlog_critical_ratio", 0.4, ValueError),
+    ("deadline_cuts_degraded", 0, ValueError), ("counter_delta_degraded", 0, ValueError),
+    ("counter_delta_critical", None, TypeError),
+])  # fmt: skip
 def test_a_threshold_must_make_sense(name: str, value: Any, kind: type[Exception]) -> None:
     with pytest.raises(kind, match=name):
         BuilderHealthAssessmentPolicy(**{name: value})

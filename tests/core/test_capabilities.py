@@ -17,16 +17,10 @@ from tests.release.contract import DEFAULTS, FEATURES, SCHEMAS
 
 def test_the_capabilities_are_those_of_this_version() -> None:
     assert capabilities().to_dict() == {
-        "schema": "coalestra.capabilities",
-        "schema_version": 1,
-        "package_version": __version__,
-        "api_stability": "0.6",
-        "python_requires": ">=3.10",
-        "stability": "beta",
-        "features": sorted(FEATURES),
-        "schemas": SCHEMAS,
-        "defaults": DEFAULTS,
-    }
+        "schema": "coalestra.capabilities", "schema_version": 1, "package_version": __version__,
+        "api_stability": "0.6", "python_requires": ">=3.10", "stability": "beta",
+        "features": sorted(FEATURES), "schemas": SCHEMAS, "defaults": DEFAULTS,
+    }  # fmt: skip
 
 
 def test_the_capabilities_can_be_dumped_pickled_and_not_changed() -> None:
@@ -46,12 +40,9 @@ def test_a_feature_is_supported_by_its_exact_name() -> None:
 
 def test_requirements_that_are_met_return_the_capabilities() -> None:
     assert require_capabilities() is capabilities()
-    assert (
-        require_capabilities(
-            features=["snapshot_requests", "payload_copy_health"], schemas={"builder_health": 1}
-        )
-        is capabilities()
-    )
+    assert (require_capabilities(
+        features=["snapshot_requests", "payload_copy_health"], schemas={"builder_health": 1},
+    ) is capabilities())  # fmt: skip
 
 
 def test_requirements_that_are_not_met_are_named_all_at_once() -> None:

@@ -62,17 +62,14 @@ def test_keys_without_a_value_do_not_count() -> None:
     assert inconsistency_of(policy, [A], [], snapshot(a=0.0, b=9.0)) is None
 
 
-@pytest.mark.parametrize(
-    "settings, error, name",
-    [
-        ((-1,), ValueError, "max_observation_skew_seconds"),
-        ((math.inf,), ValueError, "max_observation_skew_seconds"),
-        ((math.nan,), ValueError, "max_observation_skew_seconds"),
-        ((True,), TypeError, "max_observation_skew_seconds"),
-        ((None,), TypeError, "max_observation_skew_seconds"),
-        ((1.0, 1), TypeError, "include_optional_resources"),
-    ],
-)
+@pytest.mark.parametrize("settings, error, name", [
+    ((-1,), ValueError, "max_observation_skew_seconds"),
+    ((math.inf,), ValueError, "max_observation_skew_seconds"),
+    ((math.nan,), ValueError, "max_observation_skew_seconds"),
+    ((True,), TypeError, "max_observation_skew_seconds"),
+    ((None,), TypeError, "max_observation_skew_seconds"),
+    ((1.0, 1), TypeError, "include_optional_resources"),
+])  # fmt: skip
 def test_a_policy_is_checked(settings: Any, error: type[Exception], name: str) -> None:
     with pytest.raises(error, match=f"^{name} must be"):
         SnapshotConsistencyPolicy(*settings)

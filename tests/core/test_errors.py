@@ -62,15 +62,10 @@ UNMET = SnapshotAcceptanceViolation(
 
 def consistency_error() -> SnapshotConsistencyError:
     return SnapshotConsistencyError(
-        keys=(PRICE, DEPTH),
-        oldest_key=PRICE,
-        oldest_observed_at=100.0,
-        newest_key=DEPTH,
-        newest_observed_at=103.5,
-        observation_skew_seconds=3.5,
-        max_observation_skew_seconds=2.0,
+        keys=(PRICE, DEPTH), oldest_key=PRICE, oldest_observed_at=100.0, newest_key=DEPTH,
+        newest_observed_at=103.5, observation_skew_seconds=3.5, max_observation_skew_seconds=2.0,
         snapshot="partial",
-    )
+    )  # fmt: skip
 
 
 SAMPLES: list[tuple[CoalestraError, str]] = [
@@ -251,18 +246,13 @@ def test_a_note_travels_with_a_pickled_error() -> None:
     assert vars(pickle.loads(pickle.dumps(error))) == {"hint": "call again"}
 
 
-@pytest.mark.parametrize(
-    "kind, parents",
-    [
-        (SourceTimeoutError, {SourceUnavailableError}),
-        (SnapshotDeadlineExceededError, {SourceTimeoutError, SourceUnavailableError}),
-        (SourceQueueTimeoutError, {SourceTimeoutError, SourceUnavailableError}),
-        (CircuitOpenError, {SourceUnavailableError}),
-        (SnapshotConsistencyError, {SnapshotBuildError}),
-        (SnapshotAcceptanceError, {SnapshotBuildError}),
-        (BuilderClosedError, {RuntimeError}),
-    ],
-)
+@pytest.mark.parametrize("kind, parents", [
+    (SourceTimeoutError, {SourceUnavailableError}),
+    (SnapshotDeadlineExceededError, {SourceTimeoutError, SourceUnavailableError}),
+    (SourceQueueTimeoutError, {SourceTimeoutError, SourceUnavailableError}),
+    (CircuitOpenError, {SourceUnavailableError}), (SnapshotConsistencyError, {SnapshotBuildError}),
+    (SnapshotAcceptanceError, {SnapshotBuildError}), (BuilderClosedError, {RuntimeError}),
+])  # fmt: skip
 def test_an_error_is_caught_as_what_it_is_a_case_of(
     kind: type[Exception], parents: set[type[Exception]]
 ) -> None:
@@ -505,13 +495,10 @@ def test_a_resolution_error_is_reported_as_versioned_json() -> None:
 
 
 def test_a_build_error_is_reported_with_every_resource() -> None:
-    error = SnapshotBuildError(
-        {
-            PRICE: ResourceResolutionError(PRICE, (REFUSED,)),
-            DEPTH: SnapshotDeadlineExceededError("z" * 400),
-        },
-        snapshot="partial",
-    )
+    error = SnapshotBuildError({
+        PRICE: ResourceResolutionError(PRICE, (REFUSED,)),
+        DEPTH: SnapshotDeadlineExceededError("z" * 400),
+    }, snapshot="partial")  # fmt: skip
     report = error.to_dict(max_message_length=20)
     assert [item["resource"] for item in report["errors"]] == [str(PRICE), str(DEPTH)]
     assert [len(item["failures"]) for item in report["errors"]] == [1, 0]

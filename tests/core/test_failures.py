@@ -131,13 +131,9 @@ def test_the_name_of_a_source_is_one_line_too() -> None:
 def test_a_failure_is_reported_with_its_message_cut() -> None:
     report = SourceFailure("rest", "OSError", "a" * 20, 0).to_dict(max_message_length=10)
     assert report == {
-        "schema": "coalestra.error-diagnostics",
-        "schema_version": 1,
-        "source": "rest",
-        "error_type": "OSError",
-        "message": "aaaaaaa...",
-        "attempts": 0,
-    }
+        "schema": "coalestra.error-diagnostics", "schema_version": 1, "source": "rest",
+        "error_type": "OSError", "message": "aaaaaaa...", "attempts": 0,
+    }  # fmt: skip
 
 
 def test_an_exception_that_cannot_be_read_still_gives_a_message() -> None:

@@ -45,17 +45,13 @@ def test_a_policy_out_of_bounds_is_a_value_error(settings: Any, name: str) -> No
         FreshnessPolicy(*settings)
 
 
-@pytest.mark.parametrize(
-    "settings, name",
-    [
-        ({"ttl_seconds": True}, "ttl_seconds"),
-        ({"ttl_seconds": "5"}, "ttl_seconds"),
-        ({"ttl_seconds": 0, "max_stale_seconds": None}, "max_stale_seconds"),
-        ({"ttl_seconds": 0, "allow_stale_on_error": 1}, "allow_stale_on_error"),
-        ({"ttl_seconds": 0, "refresh_mode": "blocking"}, "refresh_mode"),
-        ({"ttl_seconds": 0, "refresh_ahead_seconds": True}, "refresh_ahead_seconds"),
-    ],
-)
+@pytest.mark.parametrize("settings, name", [
+    ({"ttl_seconds": True}, "ttl_seconds"), ({"ttl_seconds": "5"}, "ttl_seconds"),
+    ({"ttl_seconds": 0, "max_stale_seconds": None}, "max_stale_seconds"),
+    ({"ttl_seconds": 0, "allow_stale_on_error": 1}, "allow_stale_on_error"),
+    ({"ttl_seconds": 0, "refresh_mode": "blocking"}, "refresh_mode"),
+    ({"ttl_seconds": 0, "refresh_ahead_seconds": True}, "refresh_ahead_seconds"),
+])  # fmt: skip
 def test_a_setting_of_another_type_is_a_type_error(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
         FreshnessPolicy(**settings)

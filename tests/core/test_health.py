@@ -44,15 +44,12 @@ def full() -> BuilderHealth:
         "rest", SourceTimeoutGuaranteeStatus.PROTECTED, True, True, True, 1.0, 2.0
     )
     return BuilderHealth(
-        closed=False,
-        background_refreshes=1,
-        singleflight_in_flight=2,
-        source_support_cache_entries=3,
-        cache=Confidential(),
+        closed=False, background_refreshes=1, singleflight_in_flight=2,
+        source_support_cache_entries=3, cache=Confidential(),
         circuits={Identity("rest", "all"): Circuit("open", -math.inf)},
         source_timeout_guarantees={"rest": guarantee},
         payload_copy_components={"builder": PayloadCopyHealth(True, 4, average_wait_ms=math.nan)},
-    )
+    )  # fmt: skip
 
 
 def test_the_report_can_be_dumped_whatever_is_nested_in_it() -> None:

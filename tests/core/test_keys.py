@@ -31,12 +31,9 @@ KEY = ResourceKey("market", "price", "BTC", {"venue": "x", "depth": 5})
 
 parts = st.text(min_size=1, max_size=5).map(str.strip).filter(bool)
 keys = st.builds(
-    ResourceKey,
-    parts,
-    parts,
-    st.text(max_size=5),
+    ResourceKey, parts, parts, st.text(max_size=5),
     st.dictionaries(parts, st.text(max_size=3), max_size=3),
-)
+)  # fmt: skip
 
 
 def test_the_default_normalizer_strips_and_keeps_the_case() -> None:
@@ -132,15 +129,11 @@ def test_parts_out_of_a_string_subclass_are_plain_strings() -> None:
         assert found == {str}
 
 
-@pytest.mark.parametrize(
-    "key, text",
-    [
-        (ResourceKey("n", "k"), "n:k"),
-        (ResourceKey("n", "k", "s"), "n:k:s"),
-        (ResourceKey("n", "k", "", {"a": 1}), "n:k?a=1"),
-        (ResourceKey("n", "k", "s", {"b": "x y", "a": "&=é"}), "n:k:s?a=%26%3D%C3%A9&b=x+y"),
-    ],
-)
+@pytest.mark.parametrize("key, text", [
+    (ResourceKey("n", "k"), "n:k"), (ResourceKey("n", "k", "s"), "n:k:s"),
+    (ResourceKey("n", "k", "", {"a": 1}), "n:k?a=1"),
+    (ResourceKey("n", "k", "s", {"b": "x y", "a": "&=é"}), "n:k:s?a=%26%3D%C3%A9&b=x+y"),
+])  # fmt: skip
 def test_the_text_has_colons_and_encoded_qualifiers(key: ResourceKey, text: str) -> None:
     assert str(key) == text
     assert str(key) is str(key)

@@ -42,22 +42,17 @@ BATCH = dict.fromkeys(("get_many", "set_many", "invalidate_many"), print)
 
 
 MEMBERS: list[tuple[Any, dict[str, Any]]] = [
-    (SourceBase, SOURCE),
-    (SnapshotSource, {**SOURCE, "fetch": print}),
+    (SourceBase, SOURCE), (SnapshotSource, {**SOURCE, "fetch": print}),
     (BatchSnapshotSource, {**SOURCE, "fetch_many": print}),
     (DerivedSource, {**SOURCE, "dependencies": print, "derive": print}),
-    (BatchSizedSource, {"max_batch_size": 5}),
-    (ConcurrencyLimitedSource, {"max_concurrency": 5}),
+    (BatchSizedSource, {"max_batch_size": 5}), (ConcurrencyLimitedSource, {"max_concurrency": 5}),
     (ResilienceConfiguredSource, {"resilience_policy": None}),
-    (
-        BlockingSourceTimeoutConfigured,
-        {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0},
-    ),
-    (AtomicAsyncCache, {**SINGLE, "set_if_newer": print}),
-    (BatchAsyncCache, BATCH),
+    (BlockingSourceTimeoutConfigured,
+        {"blocking_io": True, "blocking_io_offloaded": True, "transport_timeout_seconds": 1.0}),
+    (AtomicAsyncCache, {**SINGLE, "set_if_newer": print}), (BatchAsyncCache, BATCH),
     (BatchAtomicAsyncCache, {**BATCH, "set_many_if_newer": print}),
     (AuthorityAwareCache, {"validates_source_authority": True}),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("protocol, members", MEMBERS)
@@ -128,17 +123,14 @@ class TestPublishResult:
 
 
 class TestContext:
-    @pytest.mark.parametrize(
-        "settings, error, name",
-        [
-            ({"requested_at": math.nan}, ValueError, "requested_at"),
-            ({"requested_at": True}, TypeError, "requested_at"),
-            ({"requested_at": 1.0, "deadline_at": math.inf}, ValueError, "deadline_at"),
-            ({"requested_at": 1.0, "deadline_monotonic": "1"}, TypeError, "deadline_monotonic"),
-            ({"requested_at": 1.0, "metadata": [1]}, TypeError, "metadata"),
-            ({"requested_at": 1.0, "snapshot_id": None}, TypeError, "snapshot_id"),
-        ],
-    )
+    @pytest.mark.parametrize("settings, error, name", [
+        ({"requested_at": math.nan}, ValueError, "requested_at"),
+        ({"requested_at": True}, TypeError, "requested_at"),
+        ({"requested_at": 1.0, "deadline_at": math.inf}, ValueError, "deadline_at"),
+        ({"requested_at": 1.0, "deadline_monotonic": "1"}, TypeError, "deadline_monotonic"),
+        ({"requested_at": 1.0, "metadata": [1]}, TypeError, "metadata"),
+        ({"requested_at": 1.0, "snapshot_id": None}, TypeError, "snapshot_id"),
+    ])  # fmt: skip
     def test_it_is_checked(
         self, settings: dict[str, Any], error: type[Exception], name: str
     ) -> None:

@@ -64,13 +64,10 @@ def test_a_key_in_both_groups_is_a_value_error() -> None:
         SnapshotRequest(required=[A, B], optional=[B, C])
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [
-        SnapshotAcceptancePolicy(resource_rules={C: FRESH}),
-        SnapshotAcceptancePolicy(requirements=(SnapshotRequirement.any_of([A, C]),)),
-    ],
-)
+@pytest.mark.parametrize("policy", [
+    SnapshotAcceptancePolicy(resource_rules={C: FRESH}),
+    SnapshotAcceptancePolicy(requirements=(SnapshotRequirement.any_of([A, C]),)),
+])  # fmt: skip
 def test_a_policy_that_names_another_key_is_a_value_error(policy: SnapshotAcceptancePolicy) -> None:
     with pytest.raises(ValueError, match="^acceptance_policy must name keys of the request only"):
         SnapshotRequest(required=[A], optional=[B], acceptance_policy=policy)
@@ -83,15 +80,11 @@ def test_many_wrong_keys_are_not_all_named() -> None:
         SnapshotRequest(required=many, optional=many)
 
 
-@pytest.mark.parametrize(
-    "settings, name",
-    [
-        ({"required": ["n:a"]}, "required"),
-        ({"optional": A}, "optional"),
-        ({"required": [A], "consistency_policy": 5.0}, "consistency_policy"),
-        ({"required": [A], "acceptance_policy": FRESH}, "acceptance_policy"),
-    ],
-)
+@pytest.mark.parametrize("settings, name", [
+    ({"required": ["n:a"]}, "required"), ({"optional": A}, "optional"),
+    ({"required": [A], "consistency_policy": 5.0}, "consistency_policy"),
+    ({"required": [A], "acceptance_policy": FRESH}, "acceptance_policy"),
+])  # fmt: skip
 def test_another_type_is_a_type_error(settings: dict[str, Any], name: str) -> None:
     with pytest.raises(TypeError, match=f"^{name} must be"):
         SnapshotRequest(**settings)
@@ -132,67 +125,38 @@ def violation(*keys: ResourceKey, message: str = "too old") -> SnapshotAcceptanc
     )
 
 
-@pytest.mark.parametrize(
-    "found, outcome, reason",
-    [
-        (snapshot(read(A), read(B)), "accepted", "accepted in full"),
-        (snapshot(read(A), read(B), c=DOWN), "accepted", "accepted in full"),
-        (snapshot(read(A), read(B), read(C, stale=True)), "accepted", "accepted in full"),
-        (
-            snapshot(read(A), b=DOWN),
-            "degraded",
-            "accepted without 1 value: n:b [rest: ConnectionError(no route; attempts=1)]",
-        ),
-        (
-            snapshot(read(A), b=ABSENT),
-            "accepted",
-            "accepted without 1 value: n:b [rest: ResourceAbsent(no row; attempts=1)]",
-        ),
-        (
-            snapshot(read(A, stale=True), b=ABSENT),
-            "degraded",
-            "accepted without 1 value: n:b [rest: ResourceAbsent(no row; attempts=1)], and with "
-            "1 stale value: n:a [12.5 s old]",
-        ),
-        (
-            snapshot(read(A, stale=True), read(B, stale=True)),
-            "degraded",
-            "accepted with 2 stale values: n:a [12.5 s old]; n:b [12.5 s old]",
-        ),
-        (
-            snapshot(read(A, stale=True), b=LookupError("x")),
-            "degraded",
-            "accepted without 1 value: n:b [LookupError(x)], and with 1 stale value: "
-            "n:a [12.5 s old]",
-        ),
-    ],
-)
+@pytest.mark.parametrize("found, outcome, reason", [
+    (snapshot(read(A), read(B)), "accepted", "accepted in full"),
+    (snapshot(read(A), read(B), c=DOWN), "accepted", "accepted in full"),
+    (snapshot(read(A), read(B), read(C, stale=True)), "accepted", "accepted in full"),
+    (snapshot(read(A), b=DOWN), "degraded",
+        "accepted without 1 value: n:b [rest: ConnectionError(no route; attempts=1)]"),
+    (snapshot(read(A), b=ABSENT), "accepted",
+        "accepted without 1 value: n:b [rest: ResourceAbsent(no row; attempts=1)]"),
+    (snapshot(read(A, stale=True), b=ABSENT), "degraded",
+        "accepted without 1 value: n:b [rest: ResourceAbsent(no row; attempts=1)], and with "
+        "1 stale value: n:a [12.5 s old]"),
+    (snapshot(read(A, stale=True), read(B, stale=True)), "degraded",
+        "accepted with 2 stale values: n:a [12.5 s old]; n:b [12.5 s old]"),
+    (snapshot(read(A, stale=True), b=LookupError("x")), "degraded",
+        "accepted without 1 value: n:b [LookupError(x)], and with 1 stale value: "
+        "n:a [12.5 s old]"),
+])  # fmt: skip
 def test_what_is_missing_or_stale_degrades_it(found: Snapshot, outcome: str, reason: str) -> None:
     result = RequestResult(REQUEST, found)
     assert (result.outcome.value, result.reason) == (outcome, reason)
     assert result.require_accepted() is found
 
 
-@pytest.mark.parametrize(
-    "found, error, errors, reason",
-    [
-        (
-            snapshot(b=DOWN, a=LookupError("x")),
-            SnapshotBuildError({A: LookupError("x")}),
-            [A, B],
-            "cannot resolve 1 resource: n:a [LookupError(x)]",
-        ),
-        (None, SnapshotBuildError({A: DOWN}), [A], "cannot resolve 1 resource: n:a [rest: Conn"),
-        (
-            snapshot(read(A), b=DOWN),
-            SnapshotAcceptanceError(violations=(violation(A),)),
-            [A, B],
-            "snapshot not acceptable, 1 violation: too old",
-        ),
-        (snapshot(read(A), read(B)), ValueError("x"), [], "the request failed with ValueError(x)"),
-        (None, ValueError("a\nb"), [], "the request failed with ValueError(a b)"),
-    ],
-)
+@pytest.mark.parametrize("found, error, errors, reason", [
+    (snapshot(b=DOWN, a=LookupError("x")), SnapshotBuildError({A: LookupError("x")}), [A, B],
+        "cannot resolve 1 resource: n:a [LookupError(x)]"),
+    (None, SnapshotBuildError({A: DOWN}), [A], "cannot resolve 1 resource: n:a [rest: Conn"),
+    (snapshot(read(A), b=DOWN), SnapshotAcceptanceError(violations=(violation(A),)), [A, B],
+        "snapshot not acceptable, 1 violation: too old"),
+    (snapshot(read(A), read(B)), ValueError("x"), [], "the request failed with ValueError(x)"),
+    (None, ValueError("a\nb"), [], "the request failed with ValueError(a b)"),
+])  # fmt: skip
 def test_an_error_rejects_a_request(
     found: Snapshot | None, error: Exception, errors: list[ResourceKey], reason: str
 ) -> None:

@@ -196,15 +196,10 @@ def test_what_is_nested_without_end_is_cut_off() -> None:
 leaves = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.binary(), st.just(Mode.FAST)
 )
-trees = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        st.lists(inner),
-        st.tuples(inner, inner),
-        st.builds(Inner, inner),
-        st.dictionaries(st.one_of(st.integers(), st.text(), st.none()), inner),
-    ),
-)
+trees = st.recursive(leaves, lambda inner: st.one_of(
+    st.lists(inner), st.tuples(inner, inner), st.builds(Inner, inner),
+    st.dictionaries(st.one_of(st.integers(), st.text(), st.none()), inner),
+))  # fmt: skip
 
 
 @given(trees)

@@ -106,15 +106,12 @@ def test_what_is_no_type_is_not_taken_for_a_value_of_the_wrong_one(kind: Any) ->
             read(A, kind)
 
 
-@pytest.mark.parametrize(
-    "wrong, error, rule",
-    [
-        *[({"created_at": x}, ValueError, "a finite") for x in (math.nan, math.inf, -math.inf)],
-        *[({"created_at": x}, TypeError, "a finite number") for x in (None, True, "1")],
-        *[({"resources": x}, TypeError, "a mapping") for x in (None, 5, "x", [A])],
-        *[({"errors": x}, TypeError, "a mapping") for x in (5, "x", [A])],
-    ],
-)
+@pytest.mark.parametrize("wrong, error, rule", [
+    *[({"created_at": x}, ValueError, "a finite") for x in (math.nan, math.inf, -math.inf)],
+    *[({"created_at": x}, TypeError, "a finite number") for x in (None, True, "1")],
+    *[({"resources": x}, TypeError, "a mapping") for x in (None, 5, "x", [A])],
+    *[({"errors": x}, TypeError, "a mapping") for x in (5, "x", [A])],
+])  # fmt: skip
 def test_what_is_no_time_and_no_mapping_is_refused_by_name(
     wrong: dict[str, Any], error: type[Exception], rule: str
 ) -> None:
@@ -224,25 +221,17 @@ def failed(*kinds: str) -> ResourceResolutionError:
     return ResourceResolutionError(A, tuple(SourceFailure("rest", kind, "no", 2) for kind in kinds))
 
 
-@pytest.mark.parametrize(
-    "error, kind, reason, failures",
-    [
-        (ERROR, "LookupError", "failure", 0),
-        (failed(), "ResourceResolutionError", "unsupported", 0),
-        (failed("ValueError", "CircuitOpenError"), "ResourceResolutionError", "circuit_open", 2),
-        (failed("StaleSourceData"), "ResourceResolutionError", "stale", 1),
-        (failed("SnapshotDeadlineExceededError"), "ResourceResolutionError", "deadline", 1),
-        (SnapshotDeadlineExceededError("late"), "SnapshotDeadlineExceededError", "deadline", 0),
-        (DependencyCycleError((A, B, A)), "DependencyCycleError", "dependency_cycle", 0),
-        (
-            PayloadIsolationError(context="delivery", value_type="x.Y"),
-            "PayloadIsolationError",
-            "payload",
-            0,
-        ),
-        (CoalestraError("else"), "CoalestraError", "failure", 0),
-    ],
-)
+@pytest.mark.parametrize("error, kind, reason, failures", [
+    (ERROR, "LookupError", "failure", 0), (failed(), "ResourceResolutionError", "unsupported", 0),
+    (failed("ValueError", "CircuitOpenError"), "ResourceResolutionError", "circuit_open", 2),
+    (failed("StaleSourceData"), "ResourceResolutionError", "stale", 1),
+    (failed("SnapshotDeadlineExceededError"), "ResourceResolutionError", "deadline", 1),
+    (SnapshotDeadlineExceededError("late"), "SnapshotDeadlineExceededError", "deadline", 0),
+    (DependencyCycleError((A, B, A)), "DependencyCycleError", "dependency_cycle", 0),
+    (PayloadIsolationError(context="delivery", value_type="x.Y"), "PayloadIsolationError",
+        "payload", 0),
+    (CoalestraError("else"), "CoalestraError", "failure", 0),
+])  # fmt: skip
 def test_an_error_in_the_json_form_has_type_message_and_a_word_for_the_reason(
     error: Exception, kind: str, reason: str, failures: int
 ) -> None:

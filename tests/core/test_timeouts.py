@@ -19,8 +19,7 @@ def blocking(**declared: Any) -> Any:
 
 
 TABLE = [
-    (source(), "undeclared"),
-    (source(timeout_seconds=1.0), "undeclared"),
+    (source(), "undeclared"), (source(timeout_seconds=1.0), "undeclared"),
     (source(blocking_io=False), "non_blocking"),
     (source(blocking_io=False, blocking_io_offloaded=True), "non_blocking"),
     (blocking(), "unsafe_not_offloaded"),
@@ -28,19 +27,13 @@ TABLE = [
     (blocking(blocking_io_offloaded=True), "unsafe_timeout_missing"),
     (blocking(blocking_io_offloaded=True, timeout_seconds=2.0), "unsafe_timeout_missing"),
     (blocking(blocking_io_offloaded=True, transport_timeout_seconds=1.0), "protected"),
-    (
-        blocking(blocking_io_offloaded=True, transport_timeout_seconds=1.0, timeout_seconds=1.5),
-        "protected",
-    ),
-    (
-        blocking(blocking_io_offloaded=True, transport_timeout_seconds=1.5, timeout_seconds=1.5),
-        "unsafe_timeout_not_within_source",
-    ),
-    (
-        blocking(blocking_io_offloaded=True, transport_timeout_seconds=2.0, timeout_seconds=1.5),
-        "unsafe_timeout_not_within_source",
-    ),
-]
+    (blocking(blocking_io_offloaded=True, transport_timeout_seconds=1.0, timeout_seconds=1.5),
+        "protected"),
+    (blocking(blocking_io_offloaded=True, transport_timeout_seconds=1.5, timeout_seconds=1.5),
+        "unsafe_timeout_not_within_source"),
+    (blocking(blocking_io_offloaded=True, transport_timeout_seconds=2.0, timeout_seconds=1.5),
+        "unsafe_timeout_not_within_source"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("declared, status", TABLE)

@@ -45,77 +45,53 @@ def told(found: KeyTrace, *calls: Any, **more: Any) -> str:
     return traced(found, calls=calls, **more).explain(found.key)
 
 
-@pytest.mark.parametrize(
-    "key, sentences",
-    [
-        (
-            price("CACHED"),
-            "price:last:CACHED was fresh in the cache (from 'quotes', version v1), 0.300 ms after "
-            "the build began.",
-        ),
-        (
-            price("NEAR"),
-            "price:last:NEAR was fresh in the near cache (from 'quotes', version v2), 0.300 ms "
-            "after the build began.",
-        ),
-        (
-            price("STALE"),
-            "price:last:STALE was stale in the cache, and served while it is refreshed (from "
-            "'quotes', version v3), 0.400 ms after the build began. It set off a refresh in the "
-            "background.",
-        ),
-        (
-            price("PINNED"),
-            "price:last:PINNED had been read by an earlier stage (from 'quotes', version v4), "
-            "0.100 ms after the build began.",
-        ),
-        (
-            price("AAPL"),
-            "price:last:AAPL was fetched from 'quotes' (version v5), 42.1 ms after the build "
-            "began. The cache had nothing fresh. It waited 0.200 ms for the cache to answer. The "
-            "call of 'quotes' for 120 keys took 2 attempts: attempt 1 waited 12.0 ms for capacity "
-            "held by 'news' (3) and failed after 10.0 ms (TimeoutError: no answer in 10 ms); "
-            "attempt 2, 5.0 ms later, succeeded in 14.2 ms.",
-        ),
-        (
-            rate("EUR"),
-            "fx:rate:EUR was fetched from 'rates' (version v6), 30.3 ms after the build began. It "
-            "was not asked for: risk:exposure:desk-7 needs it. Snapshot 'a9' had begun to acquire "
-            "it; it waited 29.9 ms for that. The call of 'rates' by snapshot 'a9' succeeded in "
-            "34.0 ms.",
-        ),
-        (
-            price("PUSHED"),
-            "price:last:PUSHED was published while it was being acquired (from 'feed', version "
-            "v7), 20.0 ms after the build began. It waited 2.0 ms for the end of a publication of "
-            "it.",
-        ),
-        (
-            RISK,
-            "risk:exposure:desk-7 was derived by 'risk' (version v8), 56.5 ms after the build "
-            "began. The cache had nothing fresh. It waited 42.8 ms for what it is derived from. "
-            "It waited 0.400 ms to be stored in the cache. The call of 'risk' succeeded in 13.0 "
-            "ms. It rests on 2 values, the oldest first: fx:rate:EUR from 'rates' (observed 12.0 "
-            "s before the build began); price:last:AAPL from 'quotes' (observed 40.0 ms after the "
-            "build began). The critical path: price:last:AAPL after 42.1 ms, risk:exposure:desk-7 "
-            "after 56.5 ms.",
-        ),
-        (
-            ResourceKey("news", "headline", "AAPL"),
-            "news:headline:AAPL is a stale value that stands in (from 'news', version v9), 51.1 ms "
-            "after the build began. It stands in for what failed: no source had one. The call of "
-            "'news' timed out after 50.0 ms (SourceTimeoutError: 50 ms). What 'archive' brought "
-            "was stale already: StaleSourceData: 3 h old.",
-        ),
-        (
-            ResourceKey("book", "depth", "<b>&\u202e"),
-            "book:depth:<b>&\\u202e has no value, as was known 1.2 ms after the build began: "
-            "no source had one. The cache had nothing fresh. The circuit of 'book' was open, so it "
-            "was not called: CircuitOpenError: open. 'paper' said that there is none: Absent: no "
-            "such book.",
-        ),
-    ],
-)
+@pytest.mark.parametrize("key, sentences", [
+    (price("CACHED"),
+        "price:last:CACHED was fresh in the cache (from 'quotes', version v1), 0.300 ms after "
+        "the build began."),
+    (price("NEAR"),
+        "price:last:NEAR was fresh in the near cache (from 'quotes', version v2), 0.300 ms "
+        "after the build began."),
+    (price("STALE"),
+        "price:last:STALE was stale in the cache, and served while it is refreshed (from "
+        "'quotes', version v3), 0.400 ms after the build began. It set off a refresh in the "
+        "background."),
+    (price("PINNED"),
+        "price:last:PINNED had been read by an earlier stage (from 'quotes', version v4), "
+        "0.100 ms after the build began."),
+    (price("AAPL"),
+        "price:last:AAPL was fetched from 'quotes' (version v5), 42.1 ms after the build "
+        "began. The cache had nothing fresh. It waited 0.200 ms for the cache to answer. The "
+        "call of 'quotes' for 120 keys took 2 attempts: attempt 1 waited 12.0 ms for capacity "
+        "held by 'news' (3) and failed after 10.0 ms (TimeoutError: no answer in 10 ms); "
+        "attempt 2, 5.0 ms later, succeeded in 14.2 ms."),
+    (rate("EUR"),
+        "fx:rate:EUR was fetched from 'rates' (version v6), 30.3 ms after the build began. It "
+        "was not asked for: risk:exposure:desk-7 needs it. Snapshot 'a9' had begun to acquire "
+        "it; it waited 29.9 ms for that. The call of 'rates' by snapshot 'a9' succeeded in "
+        "34.0 ms."),
+    (price("PUSHED"),
+        "price:last:PUSHED was published while it was being acquired (from 'feed', version "
+        "v7), 20.0 ms after the build began. It waited 2.0 ms for the end of a publication of "
+        "it."),
+    (RISK, "risk:exposure:desk-7 was derived by 'risk' (version v8), 56.5 ms after the build "
+        "began. The cache had nothing fresh. It waited 42.8 ms for what it is derived from. "
+        "It waited 0.400 ms to be stored in the cache. The call of 'risk' succeeded in 13.0 "
+        "ms. It rests on 2 values, the oldest first: fx:rate:EUR from 'rates' (observed 12.0 "
+        "s before the build began); price:last:AAPL from 'quotes' (observed 40.0 ms after the "
+        "build began). The critical path: price:last:AAPL after 42.1 ms, risk:exposure:desk-7 "
+        "after 56.5 ms."),
+    (ResourceKey("news", "headline", "AAPL"),
+        "news:headline:AAPL is a stale value that stands in (from 'news', version v9), 51.1 ms "
+        "after the build began. It stands in for what failed: no source had one. The call of "
+        "'news' timed out after 50.0 ms (SourceTimeoutError: 50 ms). What 'archive' brought "
+        "was stale already: StaleSourceData: 3 h old."),
+    (ResourceKey("book", "depth", "<b>&\u202e"),
+        "book:depth:<b>&\\u202e has no value, as was known 1.2 ms after the build began: "
+        "no source had one. The cache had nothing fresh. The circuit of 'book' was open, so it "
+        "was not called: CircuitOpenError: open. 'paper' said that there is none: Absent: no "
+        "such book."),
+])  # fmt: skip
 def test_every_way_to_obtain_a_key_is_told_in_sentences(key: ResourceKey, sentences: str) -> None:
     assert EVERYTHING.explain(key) == sentences
 
@@ -172,19 +148,11 @@ def test_a_call_without_attempts_says_why() -> None:
 
 
 def test_each_source_is_told_in_the_order_of_what_happened() -> None:
-    found = KeyTrace(
-        A,
-        Obtained.FETCHED,
-        0.0,
-        0.03,
-        source="third",
-        calls=(0, 1),
-        refusals=(
-            SourceRefusal("second", 0.015, "invalid_timestamp", "SourceProtocolError", "5 s ahead"),
-            SourceRefusal("first", 0.01, "failure", "OSError", "no route"),
-            SourceRefusal("omitting", 0.016, "failure", "SourceProtocolError", "left it out"),
-        ),
-    )
+    found = KeyTrace(A, Obtained.FETCHED, 0.0, 0.03, source="third", calls=(0, 1), refusals=(
+        SourceRefusal("second", 0.015, "invalid_timestamp", "SourceProtocolError", "5 s ahead"),
+        SourceRefusal("first", 0.01, "failure", "OSError", "no route"),
+        SourceRefusal("omitting", 0.016, "failure", "SourceProtocolError", "left it out"),
+    ))  # fmt: skip
     first = call(attempt(outcome="failure", error_type="OSError", error="no route"), source="first")
     third = call(attempt(1, 0.02, 0.02, 0.03), source="third")
     assert told(found, first, third).split("The cache had nothing fresh. ")[1] == (
@@ -350,12 +318,9 @@ def test_its_json_form_has_every_fact_under_stable_names() -> None:
         "derived",
     )
     assert risk["rests_on"][1] == {
-        "key": "fx:rate:EUR",
-        "version": "v6",
-        "source": "rates",
-        "observed_at": "2023-11-14T22:13:08.000000+00:00",
-        "resource": "fx:rate:EUR",
-    }
+        "key": "fx:rate:EUR", "version": "v6", "source": "rates",
+        "observed_at": "2023-11-14T22:13:08.000000+00:00", "resource": "fx:rate:EUR",
+    }  # fmt: skip
     assert data["calls"][0]["attempts"][0]["holders"] == [["news", 3]]
 
 
@@ -571,30 +536,18 @@ def test_only_what_took_no_wait_and_no_call_was_there_at_once() -> None:
 
 def test_nothing_that_is_shown_is_taken_for_markup() -> None:
     hostile = KeyTrace(
-        HOSTILE,
-        Obtained.FALLBACK,
-        0.0,
-        1.0,
-        source="<img src=x onerror=alert(1)>",
-        version="</style>",
-        error_type="</title>",
-        error="<!--",
-        calls=(0,),
-    )
+        HOSTILE, Obtained.FALLBACK, 0.0, 1.0, source="<img src=x onerror=alert(1)>",
+        version="</style>", error_type="</title>", error="<!--", calls=(0,),
+    )  # fmt: skip
     bad = call(attempt(outcome="<b>", error="</p>"), source="</svg>", snapshot_id='"><i>')
     stage = StageTrace("</h2>\x00", 0.0, 1.0, 1)
     derived = KeyTrace(
         RISK, Obtained.DERIVED, 0.0, 2.0, rests_on=(Foundation(HOSTILE, "<i>", "<b>", EPOCH),)
     )
     trace = traced(
-        hostile,
-        derived,
-        calls=(bad,),
-        snapshot_id="<u>\ud800",
-        kind="]]>",
-        stages=(stage,),
+        hostile, derived, calls=(bad,), snapshot_id="<u>\ud800", kind="]]>", stages=(stage,),
         parent_snapshot_id="<i>",
-    )
+    )  # fmt: skip
     assert "critical path: " in trace.to_text()
     ElementTree.fromstring(trace.to_svg())
     tags = {tag for tag, _ in Page(trace.to_html()).found}

@@ -118,40 +118,25 @@ def test_an_optional_mapping_that_is_missing_becomes_an_empty_one() -> None:
     assert mapping("limits", None, optional=True) == {}
 
 
-@pytest.mark.parametrize(
-    "call, sentence",
-    [
-        (
-            lambda: number("delay", -1, minimum=0, maximum=2, optional=True),
-            "delay must be a finite number of at least 0 and of at most 2, or None, got -1",
-        ),
-        (lambda: number("delay", 0, above=0), "delay must be a finite number above 0, got 0"),
-        (lambda: span("ttl", "1"), "ttl must be a number of at least 0, got '1' of type str"),
-        (
-            lambda: span("ttl", timedelta(minutes=1)),
-            "ttl must be a number of at least 0, got datetime.timedelta(seconds=60) of type "
-            "timedelta; give its total_seconds()",
-        ),
-        (
-            lambda: number("at", datetime(2026, 1, 1)),
-            "at must be a finite number, got datetime.datetime(2026, 1, 1, 0, 0) of type "
-            "datetime; give its timestamp()",
-        ),
-        (
-            lambda: integer("limit", True, minimum=1),
-            "limit must be an integer of at least 1, got True of type bool",
-        ),
-        (lambda: text("name", " "), "name must be a non-empty string, got ' '"),
-        (
-            lambda: instance("size", 1, (Size, str), optional=True),
-            "size must be a Size or a str or None, got 1 of type int",
-        ),
-        (
-            lambda: choice("size", "large", Size),
-            "size must be a Size, got 'large' of type str; choose from SMALL, LARGE",
-        ),
-    ],
-)
+@pytest.mark.parametrize("call, sentence", [
+    (lambda: number("delay", -1, minimum=0, maximum=2, optional=True),
+        "delay must be a finite number of at least 0 and of at most 2, or None, got -1"),
+    (lambda: number("delay", 0, above=0), "delay must be a finite number above 0, got 0"),
+    (lambda: span("ttl", "1"), "ttl must be a number of at least 0, got '1' of type str"),
+    (lambda: span("ttl", timedelta(minutes=1)),
+        "ttl must be a number of at least 0, got datetime.timedelta(seconds=60) of type "
+        "timedelta; give its total_seconds()"),
+    (lambda: number("at", datetime(2026, 1, 1)),
+        "at must be a finite number, got datetime.datetime(2026, 1, 1, 0, 0) of type "
+        "datetime; give its timestamp()"),
+    (lambda: integer("limit", True, minimum=1),
+        "limit must be an integer of at least 1, got True of type bool"),
+    (lambda: text("name", " "), "name must be a non-empty string, got ' '"),
+    (lambda: instance("size", 1, (Size, str), optional=True),
+        "size must be a Size or a str or None, got 1 of type int"),
+    (lambda: choice("size", "large", Size),
+        "size must be a Size, got 'large' of type str; choose from SMALL, LARGE"),
+])  # fmt: skip
 def test_the_sentence_has_rule_value_and_remedy(call: Callable[[], Any], sentence: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         call()

@@ -38,16 +38,9 @@ KEY, BASE = ResourceKey("n", "a"), ResourceKey("n", "b")
 
 def value(**changes: Any) -> SnapshotValue[Any]:
     facts: dict[str, Any] = {
-        "key": KEY,
-        "value": [1],
-        "source": "rest",
-        "observed_at": 10.0,
-        "fetched_at": 11.0,
-        "age_seconds": 1.0,
-        "stale": False,
-        "from_cache": False,
-        "latency_ms": 2.0,
-    }
+        "key": KEY, "value": [1], "source": "rest", "observed_at": 10.0, "fetched_at": 11.0,
+        "age_seconds": 1.0, "stale": False, "from_cache": False, "latency_ms": 2.0,
+    }  # fmt: skip
     return SnapshotValue(**{**facts, **changes})
 
 
@@ -56,15 +49,11 @@ class TestPayload:
         payload = SourcePayload(5)
         assert (payload.value, payload.observed_at, payload.metadata) == (5, None, {})
 
-    @pytest.mark.parametrize(
-        "arguments, error, name",
-        [
-            *[((5, time), ValueError, "observed_at") for time in (math.nan, math.inf, -math.inf)],
-            ((5, True), TypeError, "observed_at"),
-            ((5, "1"), TypeError, "observed_at"),
-            ((5, 1, 2), TypeError, "metadata"),
-        ],
-    )
+    @pytest.mark.parametrize("arguments, error, name", [
+        *[((5, time), ValueError, "observed_at") for time in (math.nan, math.inf, -math.inf)],
+        ((5, True), TypeError, "observed_at"), ((5, "1"), TypeError, "observed_at"),
+        ((5, 1, 2), TypeError, "metadata"),
+    ])  # fmt: skip
     def test_it_is_checked(self, arguments: Any, error: type[Exception], name: str) -> None:
         with pytest.raises(error, match=f"^{name} must be"):
             SourcePayload(*arguments)
@@ -139,16 +128,12 @@ class TestValue:
         assert (changed.stale, changed.version) == (True, made.version)
 
 
-@pytest.mark.parametrize(
-    "kind, name, facts",
-    [
-        (SourcePayload, "metadata", (5,)),
-        (ResourceUpdate, "metadata", (KEY, 5, "feed")),
-        (SnapshotValue, "metadata", (KEY, 1, "rest", 1.0, 1.0, 0.0, False, False, 0.0)),
-        (SnapshotValue, "dependency_versions", (KEY, 1, "s", 1.0, 1.0, 0.0, False, False, 0.0)),
-        (FetchContext, "metadata", (1.0,)),
-    ],
-)
+@pytest.mark.parametrize("kind, name, facts", [
+    (SourcePayload, "metadata", (5,)), (ResourceUpdate, "metadata", (KEY, 5, "feed")),
+    (SnapshotValue, "metadata", (KEY, 1, "rest", 1.0, 1.0, 0.0, False, False, 0.0)),
+    (SnapshotValue, "dependency_versions", (KEY, 1, "s", 1.0, 1.0, 0.0, False, False, 0.0)),
+    (FetchContext, "metadata", (1.0,)),
+])  # fmt: skip
 def test_a_mapping_is_kept_frozen_and_apart(kind: Any, name: str, facts: Any) -> None:
     given = {"a": 1}
     made = kind(*facts, **{name: given})
@@ -166,18 +151,14 @@ class Secret:
         raise AssertionError("a payload must not be asked for its text")
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        SourcePayload(Secret(), 1.0, {"a": Secret()}),
-        ResourceUpdate(KEY, Secret(), "feed", 1.0, {"a": Secret()}),
-        value(value=Secret(), metadata={"a": Secret()}),
-        CacheLookup(value(value=Secret()), True, False, 1.0),
-        CacheWriteResult(CacheWriteStatus.STORED, value(value=Secret()), value(value=Secret())),
-        PublishResult(PublishStatus.PUBLISHED, value(value=Secret())),
-    ],
-    ids=lambda record: type(record).__name__,
-)
+@pytest.mark.parametrize("record", [
+    SourcePayload(Secret(), 1.0, {"a": Secret()}),
+    ResourceUpdate(KEY, Secret(), "feed", 1.0, {"a": Secret()}),
+    value(value=Secret(), metadata={"a": Secret()}),
+    CacheLookup(value(value=Secret()), True, False, 1.0),
+    CacheWriteResult(CacheWriteStatus.STORED, value(value=Secret()), value(value=Secret())),
+    PublishResult(PublishStatus.PUBLISHED, value(value=Secret())),
+], ids=lambda record: type(record).__name__)  # fmt: skip
 def test_no_representation_shows_a_payload(record: Any) -> None:
     text = repr(record)
     assert text.startswith(f"{type(record).__name__}(")
@@ -205,15 +186,10 @@ def test_the_age_in_an_answer_of_a_cache_is_finite(age: float) -> None:
         CacheLookup(value(), True, False, True)
 
 
-@pytest.mark.parametrize(
-    "thing",
-    [
-        SourcePayload([1], 1.0, {"a": [1]}),
-        ResourceUpdate(KEY, [1], "feed", 1.0, {"a": [1]}),
-        value(metadata={"a": [1]}, dependency_versions={BASE: "w"}),
-    ],
-    ids=lambda thing: type(thing).__name__,
-)
+@pytest.mark.parametrize("thing", [
+    SourcePayload([1], 1.0, {"a": [1]}), ResourceUpdate(KEY, [1], "feed", 1.0, {"a": [1]}),
+    value(metadata={"a": [1]}, dependency_versions={BASE: "w"}),
+], ids=lambda thing: type(thing).__name__)  # fmt: skip
 class TestCopies:
     @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
     def test_a_pickled_one_comes_back_the_same(self, thing: Any, protocol: int) -> None:
@@ -288,14 +264,9 @@ def test_a_value_is_the_same_where_threads_run_freely(monkeypatch: pytest.Monkey
 class TestRevision:
     def revision(self, **changes: Any) -> Revision:
         facts: dict[str, Any] = {
-            "key": KEY,
-            "payload": 5,
-            "seal": "open",
-            "source": "rest",
-            "observed_at": 1.0,
-            "fetched_at": 2.0,
-            "version": "v1",
-        }
+            "key": KEY, "payload": 5, "seal": "open", "source": "rest", "observed_at": 1.0,
+            "fetched_at": 2.0, "version": "v1",
+        }  # fmt: skip
         return Revision(**{**facts, **changes})
 
     def test_it_is_equal_to_nothing_but_itself(self) -> None:

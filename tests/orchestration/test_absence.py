@@ -123,11 +123,8 @@ def in_a_thread(k: Any, context: FetchContext) -> Any:
 
 
 COMMON: dict[str, Any] = {
-    "name": "table",
-    "priority": 1,
-    "supports": lambda k: True,
-    "resilience_policy": FRAGILE,
-}
+    "name": "table", "priority": 1, "supports": lambda k: True, "resilience_policy": FRAGILE,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

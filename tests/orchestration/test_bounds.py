@@ -69,13 +69,10 @@ class Churning:
         for source in self.sources:
             source.resilience_policy = None
         self.builder = builder(
-            *self.sources,
-            cache=AsyncMemoryCache(max_entries=10),
-            source_support_cache_max_entries=10,
-            default_resilience=resilience,
-            metrics=self.metrics,
-            **settings,
-        )
+            *self.sources, cache=AsyncMemoryCache(max_entries=10),
+            source_support_cache_max_entries=10, default_resilience=resilience,
+            metrics=self.metrics, **settings,
+        )  # fmt: skip
 
     async def churn(self, first: int, count: int) -> None:
         """Fetch, derive, publish, invalidate, join and leave so many distinct keys."""

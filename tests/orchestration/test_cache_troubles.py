@@ -921,15 +921,10 @@ async def test_a_stale_answer_is_kept_to_stand_in_later(kind: Callable[[], Async
     clock, cache = LoopClock(), kind()
     doubling = Derived("double", needs=lambda _: [key("b")])
     building = builder(
-        Single("b", fetch=lag),
-        doubling,
-        cache=cache,
-        clock=clock,
-        default_policy=None,
-        policy_resolver=PolicyResolver(
-            FreshnessPolicy(10.0, 100.0), overrides={key("double"): LASTING}
-        ),
-    )
+        Single("b", fetch=lag), doubling, cache=cache, clock=clock, default_policy=None,
+        policy_resolver=PolicyResolver(FreshnessPolicy(10.0, 100.0),
+            overrides={key("double"): LASTING}),
+    )  # fmt: skip
     assert (await building.build([key("b"), key("double")]))[key("b")].stale
     await asyncio.sleep(1)
     down = True

@@ -112,14 +112,10 @@ async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
         return list(value)
 
     building = builder(
-        Stock("x", {"x": ["value"]}),
-        cache=AsyncMemoryCache(),
-        payload_copier=copier,
-        run_payload_copies_in_thread=True,
-        metrics=metrics,
-        events=events,
+        Stock("x", {"x": ["value"]}), cache=AsyncMemoryCache(), payload_copier=copier,
+        run_payload_copies_in_thread=True, metrics=metrics, events=events,
         buffer_observability=False,
-    )
+    )  # fmt: skip
     with pytest.raises(SnapshotBuildError, match="of 2 s") as caught:
         await building.build([X], deadline_seconds=2, snapshot_id="s")
     assert caught.value.snapshot is None

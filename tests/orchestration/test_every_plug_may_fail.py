@@ -113,12 +113,9 @@ def world(plug: str, fuse: Fuse) -> SnapshotBuilder:
     }
     settings = {"default_policy": None if plug == "policy" else SERVED_STALE, **plugs[plug]}
     return builder(
-        Batch("base"),
-        Derived("derived", needs=lambda _: [BASES[0], BASES[1], key("single")]),
-        Single("single", fetch=latency(0.5)),
-        Single("late", fetch=aged, priority=5),
-        **settings,
-    )
+        Batch("base"), Derived("derived", needs=lambda _: [BASES[0], BASES[1], key("single")]),
+        Single("single", fetch=latency(0.5)), Single("late", fetch=aged, priority=5), **settings,
+    )  # fmt: skip
 
 
 async def life(building: SnapshotBuilder) -> None:

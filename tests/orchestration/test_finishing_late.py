@@ -199,15 +199,9 @@ async def test_a_thread_brings_its_answer_home(batch: bool) -> None:
 
     kind = CallableBatchSource if batch else CallableSource
     source = kind(
-        name="x",
-        priority=1,
-        supports=lambda k: True,
-        fetcher=read,
-        timeout_seconds=30.0,
-        blocking_io=True,
-        transport_timeout_seconds=20.0,
-        resilience_policy=LATE,
-    )
+        name="x", priority=1, supports=lambda k: True, fetcher=read, timeout_seconds=30.0,
+        blocking_io=True, transport_timeout_seconds=20.0, resilience_policy=LATE,
+    )  # fmt: skip
     building = builder(source)
     assert cut(await hasty(building))
     assert gate.arrived == 1
@@ -282,15 +276,10 @@ async def test_a_blocking_call_without_time_left_is_counted_unmade(timeout: floa
     """Unless it may finish late, for which it needs a timeout."""
     calls: list[ResourceKey] = []
     source = CallableSource(
-        name="x",
-        priority=1,
-        supports=lambda k: True,
-        fetcher=lambda k, context: calls.append(k),
-        timeout_seconds=timeout,
-        blocking_io=True,
-        transport_timeout_seconds=20.0,
+        name="x", priority=1, supports=lambda k: True, fetcher=lambda k, context: calls.append(k),
+        timeout_seconds=timeout, blocking_io=True, transport_timeout_seconds=20.0,
         resilience_policy=SourceResiliencePolicy() if timeout else None,
-    )
+    )  # fmt: skip
     building = builder(source, default_resilience=LATE)
     for count in (1, 2):
         assert cut(await hasty(building))

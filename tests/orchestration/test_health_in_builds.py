@@ -144,14 +144,9 @@ async def test_circuits_are_told_by_source_and_scope_not_by_resource(scope: Circ
     apart = scope in (CircuitScope.SUBJECT, CircuitScope.RESOURCE)
     (group,) = health.to_dict()["circuits"].values()
     assert group == {
-        "state": "open",
-        "count": 2 if apart else 1,
-        "failures": 1,
-        "opened_at": opened_at,
-        "half_open_probe_active": False,
-        "seconds_since_opened": 7.5,
-        "seconds_until_probe": 22.5,
-    }
+        "state": "open", "count": 2 if apart else 1, "failures": 1, "opened_at": opened_at,
+        "half_open_probe_active": False, "seconds_since_opened": 7.5, "seconds_until_probe": 22.5,
+    }  # fmt: skip
     (finding,) = health.assess().findings
     assert (finding.component, finding.observed) == ("balance", group["count"])
     named = await building.circuit_breaker.snapshot()

@@ -56,14 +56,11 @@ class Keeping(Single):
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Every way in which a builder may copy."""
     ways: dict[str, dict[str, Any]] = {
-        "default copier": {},
-        "in threads": {"run_payload_copies_in_thread": True},
+        "default copier": {}, "in threads": {"run_payload_copies_in_thread": True},
         "custom copier": {"payload_copier": copy.deepcopy},
-        "custom in threads": {
-            "payload_copier": copy.deepcopy,
-            "run_payload_copies_in_thread": True,
-        },
-    }
+        "custom in threads": {"payload_copier": copy.deepcopy,
+            "run_payload_copies_in_thread": True},
+    }  # fmt: skip
     return ways[request.param]
 
 

@@ -302,16 +302,11 @@ async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
 
     for turns in range(20):
         gate = Gate()
-        sources: list[Any] = [
-            {
-                "single": Single("x", "x", fetch=wait),
-                "batch": Batch("x", "x", before=gate.pass_),
-                "derived": Derived("x", "x", before=gate.pass_, needs=lambda k: [key("z")]),
-                "needed": Derived("x", "x", needs=lambda k: [key("y", k.subject)]),
-            }[kind],
-            Single("y", "y", fetch=wait),
-            Single("z", "z"),
-        ]
+        sources: list[Any] = [{
+            "single": Single("x", "x", fetch=wait), "batch": Batch("x", "x", before=gate.pass_),
+            "derived": Derived("x", "x", before=gate.pass_, needs=lambda k: [key("z")]),
+            "needed": Derived("x", "x", needs=lambda k: [key("y", k.subject)]),
+        }[kind], Single("y", "y", fetch=wait), Single("z", "z")]  # fmt: skip
         building = builder(*sources, max_concurrency=20)
         if is_first:
             second = asyncio.ensure_future(ask(building, turns))

@@ -187,12 +187,9 @@ async def test_a_stuck_copy_and_a_stuck_sink_hinder_no_later_stage_and_the_copy_
         return value
 
     building = builder(
-        parts.part("k"),
-        events=sink,
-        manage_lifecycle=True,
-        payload_copier=copier,
+        parts.part("k"), events=sink, manage_lifecycle=True, payload_copier=copier,
         run_payload_copies_in_thread=True,
-    )
+    )  # fmt: skip
     await building.build([K])
     armed = True
     reading = await begun(building.build([K]))

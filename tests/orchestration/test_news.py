@@ -282,13 +282,10 @@ async def test_what_rests_on_something_old_does_not_stand_in_for_who_comes_after
         return "fetched"
 
     building = builder(
-        Single("all", "base", "slow", fetch=fetch),
-        Derived("d", needs=lambda k: [BASE]),
-        Derived("above", needs=lambda k: [D]),
-        cache=cache(),
-        default_policy=FreshnessPolicy(5, 1_000),
-        max_concurrency=1,
-    )
+        Single("all", "base", "slow", fetch=fetch), Derived("d", needs=lambda k: [BASE]),
+        Derived("above", needs=lambda k: [D]), cache=cache(),
+        default_policy=FreshnessPolicy(5, 1_000), max_concurrency=1,
+    )  # fmt: skip
     await building.build([above])
     await asyncio.sleep(6)
     slow = await begun(building.build([key("slow")]), gate)

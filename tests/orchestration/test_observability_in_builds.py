@@ -127,13 +127,9 @@ async def test_a_build_reports_itself_its_misses_and_what_it_resolved() -> None:
     (built,) = seen.of("snapshot_built")
     assert built.pop("diagnostics") == snapshot.diagnostics
     assert built == {
-        "snapshot_id": snapshot.snapshot_id,
-        "resources": 1,
-        "resolved": 1,
-        "failed": 0,
-        "build_failed": False,
-        "strict": True,
-    }
+        "snapshot_id": snapshot.snapshot_id, "resources": 1, "resolved": 1, "failed": 0,
+        "build_failed": False, "strict": True,
+    }  # fmt: skip
     (resolved,) = seen.of("resource_resolved")
     assert (resolved["resource"], resolved["source_kind"]) == (str(X), "single")
     assert len(seen.observed["source_fetch_latency_ms", "x"]) == 1
@@ -184,15 +180,10 @@ async def test_a_build_that_misses_keys_is_an_error_only_if_it_is_strict(strict:
     ]
     (built,) = seen.of("snapshot_built")
     assert (built["failed"], built["build_failed"], built["strict"]) == (1, strict, strict)
-    assert seen.of("source_failed") == [
-        {
-            "resource": str(X),
-            "source": "x",
-            "error_type": "ConnectionError",
-            "error": "down and out",
-            "snapshot_id": "s",
-        }
-    ]
+    assert seen.of("source_failed") == [{
+        "resource": str(X), "source": "x", "error_type": "ConnectionError", "error": "down and out",
+        "snapshot_id": "s",
+    }]  # fmt: skip
     assert seen.count("source_fetch_total", source="x", status="failure") == 1
     assert seen.faults == []
 
@@ -287,14 +278,9 @@ async def test_a_blocking_call_counts_once_and_each_of_its_keys_has_an_event() -
         return dict.fromkeys(keys, 1)
 
     source = CallableBatchSource(
-        name="x",
-        priority=1,
-        supports=lambda k: k.name == "x",
-        fetcher=fetch,
-        blocking_io=True,
-        transport_timeout_seconds=1.0,
-        timeout_seconds=3.0,
-    )
+        name="x", priority=1, supports=lambda k: k.name == "x", fetcher=fetch, blocking_io=True,
+        transport_timeout_seconds=1.0, timeout_seconds=3.0,
+    )  # fmt: skip
     building, seen = watched(source)
     keys = [X, key("x", "2")]
     await building.build(keys, strict=False, deadline_seconds=0.5, snapshot_id="s")
@@ -496,12 +482,9 @@ async def test_with_null_sinks_no_label_or_text_is_built(monkeypatch: pytest.Mon
         raise AssertionError("nobody listens, and still something was built")
 
     building = builder(
-        Single("s"),
-        Batch("b"),
-        Derived("d", needs=lambda k: [key("s"), key("b")]),
-        metrics=NullMetrics(),
-        events=NullEventSink(),
-    )
+        Single("s"), Batch("b"), Derived("d", needs=lambda k: [key("s"), key("b")]),
+        metrics=NullMetrics(), events=NullEventSink(),
+    )  # fmt: skip
     monkeypatch.setattr(ResourceKey, "__str__", refuse)
     for name in ("count", "observe", "tell", "_hand"):
         monkeypatch.setattr(f"coalestra.observability.Reporter.{name}", refuse)

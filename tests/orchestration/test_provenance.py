@@ -135,13 +135,9 @@ def rebuilt(value: SnapshotValue[Any]) -> SnapshotValue[Any]:
     fields = ("key", "value", "source", "observed_at", "fetched_at", "age_seconds", "stale")
     facts = {name: getattr(value, name) for name in fields}
     return SnapshotValue(
-        **facts,
-        from_cache=True,
-        latency_ms=value.latency_ms,
-        metadata=dict(value.metadata),
-        version=value.version,
-        dependency_versions=dict(value.dependency_versions),
-    )
+        **facts, from_cache=True, latency_ms=value.latency_ms, metadata=dict(value.metadata),
+        version=value.version, dependency_versions=dict(value.dependency_versions),
+    )  # fmt: skip
 
 
 class Forgetful:
@@ -194,13 +190,9 @@ async def test_a_long_chain_from_a_cache_of_ones_own_needs_no_stack() -> None:
 
     def building() -> SnapshotBuilder:
         chain = CallableDerivedSource(
-            name="chain",
-            priority=1,
-            supports=lambda k: k.name == "link",
-            dependencies=needs,
-            deriver=lambda k, known, context: k.subject,
-            run_sync_in_thread=False,
-        )
+            name="chain", priority=1, supports=lambda k: k.name == "link", dependencies=needs,
+            deriver=lambda k, known, context: k.subject, run_sync_in_thread=False,
+        )  # fmt: skip
         return SnapshotBuilder(
             [Single("plain", "left"), chain], clock=clock, cache=cache, default_policy=MINUTE
         )
@@ -417,13 +409,9 @@ async def test_a_value_put_back_into_a_cache_by_hand_counts_from_its_derivation(
 def test_the_adapter_keeps_the_setting_and_checks_it() -> None:
     def made(**more: Any) -> CallableDerivedSource:
         return CallableDerivedSource(
-            name="d",
-            priority=1,
-            supports=lambda k: True,
-            dependencies=lambda k: [LEFT],
-            deriver=lambda k, known, context: None,
-            **more,
-        )
+            name="d", priority=1, supports=lambda k: True, dependencies=lambda k: [LEFT],
+            deriver=lambda k, known, context: None, **more,
+        )  # fmt: skip
 
     assert (made().inherit_freshness, made(inherit_freshness=True).inherit_freshness) == (
         False,

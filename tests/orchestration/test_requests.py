@@ -543,16 +543,11 @@ async def test_a_request_that_waits_for_room_has_not_begun_though_its_time_runs(
     assert told == [(first.require_accepted().created_at + 10, [])] * 2
 
 
-@pytest.mark.parametrize(
-    "requests, message",
-    [
-        (asking(1)[0], "requests must be an iterable of SnapshotRequests.*put a single one"),
-        (None, "requests must be"),
-        ([*asking(1), A], r"requests\[1\] must be a SnapshotRequest"),
-        ({"one": None}, r"requests\['one'\] must be a SnapshotRequest"),
-        ([key("x")], r"requests\[0\]"),
-    ],
-)
+@pytest.mark.parametrize("requests, message", [
+    (asking(1)[0], "requests must be an iterable of SnapshotRequests.*put a single one"),
+    (None, "requests must be"), ([*asking(1), A], r"requests\[1\] must be a SnapshotRequest"),
+    ({"one": None}, r"requests\['one'\] must be a SnapshotRequest"), ([key("x")], r"requests\[0\]"),
+])  # fmt: skip
 async def test_anything_but_requests_is_refused_at_once(requests: Any, message: str) -> None:
     source = Single("x", fetch=echo)
     building = builder(source)

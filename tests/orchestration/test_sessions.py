@@ -394,12 +394,9 @@ async def test_a_closed_session_refuses_every_call() -> None:
     assert "closed" in repr(session)
     assert shown(snapshot) == {BASE: 1}
     calls = (
-        session.resolve([BASE]),
-        session.resolve_request(SnapshotRequest(required=[BASE])),
-        session.revalidate([BASE]),
-        session.snapshot_async(),
-        session.__aenter__(),
-    )
+        session.resolve([BASE]), session.resolve_request(SnapshotRequest(required=[BASE])),
+        session.revalidate([BASE]), session.snapshot_async(), session.__aenter__(),
+    )  # fmt: skip
     for call in calls:
         with pytest.raises(SessionClosedError, match=session.snapshot_id):
             await call

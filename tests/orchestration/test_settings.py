@@ -86,22 +86,15 @@ class NoTracer:
 
 
 SIMPLE: Table = {
-    "max_concurrency": required(COUNT),
-    "max_pending_tasks": optional(COUNT),
-    "source_concurrency": (
-        (None, {}, {"s": 1}, {"s": 99}),
+    "max_concurrency": required(COUNT), "max_pending_tasks": optional(COUNT),
+    "source_concurrency": ((None, {}, {"s": 1}, {"s": 99}),
         ({"s": 0}, {"s": -1}, {"unknown": 1}, {"": 1}),
-        (1, True, "s", ["s"], {"s": True}, {"s": 1.5}, {"s": None}, {1: 1}),
-    ),
-    "cache_source_support": required(FLAG),
-    "source_support_cache_max_entries": optional(COUNT),
-    "manage_lifecycle": required(FLAG),
-    "run_payload_copies_in_thread": optional(FLAG),
-    "max_copy_concurrency": required(COUNT),
-    "cache_run_payload_copies_in_thread": optional(FLAG),
+        (1, True, "s", ["s"], {"s": True}, {"s": 1.5}, {"s": None}, {1: 1})),
+    "cache_source_support": required(FLAG), "source_support_cache_max_entries": optional(COUNT),
+    "manage_lifecycle": required(FLAG), "run_payload_copies_in_thread": optional(FLAG),
+    "max_copy_concurrency": required(COUNT), "cache_run_payload_copies_in_thread": optional(FLAG),
     "cache_max_copy_concurrency": required(COUNT),
-    "copy_shutdown_timeout_seconds": required(SECONDS),
-    "buffer_observability": optional(FLAG),
+    "copy_shutdown_timeout_seconds": required(SECONDS), "buffer_observability": optional(FLAG),
     "observability_max_pending": required(COUNT),
     "observability_overflow": (tuple(BufferOverflowPolicy), (), (None, 0, True, object())),
     "observability_shutdown_timeout_seconds": required(SECONDS),
@@ -110,7 +103,7 @@ SIMPLE: Table = {
     "allow_unsafe_blocking_sources": required(FLAG),
     "source_transport_timeout_grace_seconds": required(SECONDS),
     "trace": ((False, True, 0, 0.25, 1), (-0.1, 1.1, float("nan")), (None, "text", object())),
-}
+}  # fmt: skip
 COLLABORATORS: Table = {
     "default_policy": kind(FreshnessPolicy(1, 2)),
     "policy_resolver": ((None, PolicyResolver(FreshnessPolicy(1, 2))), (), (0, "text", object())),
@@ -434,12 +427,9 @@ def test_wrong_attributes_of_a_source_are_named(attribute: str, wrong: Any) -> N
 def blocking(**more: Any) -> CallableSource:
     settings: dict[str, Any] = {"blocking_io": True, "transport_timeout_seconds": 1.0, **more}
     return CallableSource(
-        name="blocking",
-        priority=1,
-        supports=lambda key: True,
-        fetcher=lambda key, context: 1,
+        name="blocking", priority=1, supports=lambda key: True, fetcher=lambda key, context: 1,
         **settings,
-    )
+    )  # fmt: skip
 
 
 def test_an_undeclared_source_is_refused_unless_declarations_are_not_required() -> None:
@@ -459,15 +449,12 @@ def test_an_undeclared_source_is_refused_unless_declarations_are_not_required() 
     SnapshotBuilder([Undeclared()], require_source_timeout_declarations=False)
 
 
-@pytest.mark.parametrize(
-    "more, status",
-    [
-        ({"run_sync_in_thread": False}, "unsafe_not_offloaded"),
-        ({"transport_timeout_seconds": None}, "unsafe_timeout_missing"),
-        ({"timeout_seconds": 1.0}, "unsafe_timeout_not_within_source"),
-        ({"timeout_seconds": 0.5}, "unsafe_timeout_not_within_source"),
-    ],
-)
+@pytest.mark.parametrize("more, status", [
+    ({"run_sync_in_thread": False}, "unsafe_not_offloaded"),
+    ({"transport_timeout_seconds": None}, "unsafe_timeout_missing"),
+    ({"timeout_seconds": 1.0}, "unsafe_timeout_not_within_source"),
+    ({"timeout_seconds": 0.5}, "unsafe_timeout_not_within_source"),
+])  # fmt: skip
 async def test_an_unsafe_source_is_refused_unless_allowed_and_then_health_is_critical(
     more: dict[str, Any], status: str
 ) -> None:
@@ -602,26 +589,20 @@ class Late:
 LATE: Any = Late()
 
 
-@pytest.mark.parametrize(
-    "make, name",
-    [
-        (lambda: made(payload_copier=LATE.answer), "payload_copier"),
-        (lambda: made(clock=LATE), r"now\(\) of clock"),
-        (
-            lambda: made(default_policy=None, policy_resolver=LATE),
-            r"resolve\(\) of policy_resolver",
-        ),
-        (lambda: made(events=LATE), r"emit\(\) of events"),
-        (lambda: made(metrics=LATE), r"increment\(\) of metrics"),
-        (lambda: BufferedEventSink(LATE), r"emit\(\) of downstream"),
-        (lambda: BufferedMetricsSink(LATE), r"increment\(\) of downstream"),
-        (lambda: AsyncMemoryCache(payload_copier=LATE.answer), "payload_copier"),
-        (lambda: PolicyResolver(FreshnessPolicy(1, 1), dynamic=LATE.answer), "dynamic"),
-        (lambda: AuthorityPolicyResolver(dynamic=LATE.answer), "dynamic"),
-        (lambda: KeyNormalizer(name=LATE.answer), "name"),
-        (lambda: RetryPolicy(retry_on=partial(LATE.answer)), "retry_on"),
-    ],
-)
+@pytest.mark.parametrize("make, name", [
+    (lambda: made(payload_copier=LATE.answer), "payload_copier"),
+    (lambda: made(clock=LATE), r"now\(\) of clock"),
+    (lambda: made(default_policy=None, policy_resolver=LATE), r"resolve\(\) of policy_resolver"),
+    (lambda: made(events=LATE), r"emit\(\) of events"),
+    (lambda: made(metrics=LATE), r"increment\(\) of metrics"),
+    (lambda: BufferedEventSink(LATE), r"emit\(\) of downstream"),
+    (lambda: BufferedMetricsSink(LATE), r"increment\(\) of downstream"),
+    (lambda: AsyncMemoryCache(payload_copier=LATE.answer), "payload_copier"),
+    (lambda: PolicyResolver(FreshnessPolicy(1, 1), dynamic=LATE.answer), "dynamic"),
+    (lambda: AuthorityPolicyResolver(dynamic=LATE.answer), "dynamic"),
+    (lambda: KeyNormalizer(name=LATE.answer), "name"),
+    (lambda: RetryPolicy(retry_on=partial(LATE.answer)), "retry_on"),
+])  # fmt: skip
 def test_what_must_answer_at_once_is_no_coroutine(make: Callable[[], Any], name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name} must be .*a plain function"):
         make()

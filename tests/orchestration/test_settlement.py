@@ -80,15 +80,12 @@ def group(error: BaseException) -> BaseException:
 
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
-    "a panic": lambda: Panic("x"),
-    "a panic in a group": lambda: group(Panic("x")),
+    "a panic": lambda: Panic("x"), "a panic in a group": lambda: group(Panic("x")),
     "an outcome of pytest": lambda: pytest.fail.Exception("x"),
-    "the end of a generator": GeneratorExit,
-    "the end of an iteration": StopIteration,
-    "the end of an asynchronous one": StopAsyncIteration,
-    "a cancellation": asyncio.CancelledError,
+    "the end of a generator": GeneratorExit, "the end of an iteration": StopIteration,
+    "the end of an asynchronous one": StopAsyncIteration, "a cancellation": asyncio.CancelledError,
     "an error": lambda: LookupError("x"),
-}
+}  # fmt: skip
 
 Raise = Callable[[], Any]
 
@@ -533,12 +530,9 @@ def test_a_program_that_ends_in_the_middle_of_work_ends_quietly(
     async def main() -> None:
         building = builder(
             Single("good", fetch=fetch, priority=20),
-            Single("again", "good", priority=5, fetch=fetch),
-            clock=None,
-            default_policy=refreshed,
-            max_pending_tasks=1,
-            max_concurrency=2,
-        )
+            Single("again", "good", priority=5, fetch=fetch), clock=None, default_policy=refreshed,
+            max_pending_tasks=1, max_concurrency=2,
+        )  # fmt: skip
         wanted = [key("good", str(number)) for number in range(5)]
         await building.build(wanted)
         await building.build(wanted)  # all are refreshed in the background now
@@ -748,12 +742,9 @@ DEEDS: dict[str, Callable[[SnapshotBuilder], Any]] = {
     "read what takes a thread": lambda building: building.build([key("slow")]),
     "say what for": lambda building: building.build([GOOD], metadata={"for": Payload()}),
     "be late": lambda b: b.build([GOOD, key("waits")], strict=False, deadline_seconds=1),
-    "fail in part": lambda building: building.build([GOOD, key("nobody")]),
-    "leave": left_alone,
-    "talk": talk,
-    "renew": renew,
-    "share": share,
-}
+    "fail in part": lambda building: building.build([GOOD, key("nobody")]), "leave": left_alone,
+    "talk": talk, "renew": renew, "share": share,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", [None, BatchAtomicCache], ids=["memory", "awaited"])

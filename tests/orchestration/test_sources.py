@@ -293,12 +293,9 @@ async def test_a_malformed_batch_answer_fails_the_whole_call(reply: Callable[[An
 
 async def test_an_answer_without_end_is_refused_through_an_adapter_too() -> None:
     source = CallableBatchSource(
-        name="odd",
-        priority=1,
-        supports=lambda k: True,
-        fetcher=lambda keys, context: Endless(),
+        name="odd", priority=1, supports=lambda k: True, fetcher=lambda keys, context: Endless(),
         run_sync_in_thread=False,
-    )
+    )  # fmt: skip
     assert types(await failures_of(builder(source), K)) == [("odd", "SourceProtocolError")]
 
 
@@ -324,12 +321,9 @@ async def test_dependencies_may_be_cached_fetched_batched_or_derived() -> None:
     needs = [key("cached"), key("fetched"), key("batched"), key("derived")]
     cached = Single("cached")
     building = builder(
-        cached,
-        Single("fetched"),
-        Batch("batched"),
-        Derived("derived", needs=lambda k: [key("fetched")]),
-        Derived("x", needs=lambda k: needs),
-    )
+        cached, Single("fetched"), Batch("batched"),
+        Derived("derived", needs=lambda k: [key("fetched")]), Derived("x", needs=lambda k: needs),
+    )  # fmt: skip
     await building.build([key("cached")])
     snapshot = await building.build([K])
     assert snapshot.value(K) == ("", "", "", ("",))
@@ -345,17 +339,10 @@ async def test_a_dependency_named_twice_is_one() -> None:
 
 @pytest.mark.parametrize(
     "declared",
-    [
-        lambda: ("base",),
-        lambda: [BASE, None],
-        lambda: 5,
-        lambda: [[]],
-        lambda: "base",
-        coroutine,
-        itertools.count,
-    ],
+    [lambda: ("base",), lambda: [BASE, None], lambda: 5, lambda: [[]], lambda: "base", coroutine,
+        itertools.count],
     ids=["text", "None among keys", "number", "unhashable", "bare text", "coroutine", "endless"],
-)
+)  # fmt: skip
 async def test_a_dependency_that_is_no_key_is_a_protocol_error(declared: Any) -> None:
     source: Any = Derived("x", needs=lambda k: [])
     source.dependencies = lambda k: declared()
@@ -378,17 +365,12 @@ def broken_by(error: BaseException) -> Callable[[], Iterator[ResourceKey]]:
     return declare
 
 
-@pytest.mark.parametrize(
-    "declare, error_type",
-    [
-        (raising(RuntimeError("bug")), "RuntimeError"),
-        (raising(TypeError("bug")), "TypeError"),
-        (raising(asyncio.CancelledError()), "SourceUnavailableError"),
-        (broken_by(RuntimeError("bug")), "RuntimeError"),
-        (broken_by(TypeError("bug")), "TypeError"),
-        (broken_by(asyncio.CancelledError()), "SourceUnavailableError"),
-    ],
-)
+@pytest.mark.parametrize("declare, error_type", [
+    (raising(RuntimeError("bug")), "RuntimeError"), (raising(TypeError("bug")), "TypeError"),
+    (raising(asyncio.CancelledError()), "SourceUnavailableError"),
+    (broken_by(RuntimeError("bug")), "RuntimeError"), (broken_by(TypeError("bug")), "TypeError"),
+    (broken_by(asyncio.CancelledError()), "SourceUnavailableError"),
+])  # fmt: skip
 async def test_dependencies_that_raise_fail_the_source_and_the_next_is_tried(
     declare: Callable[[], Any], error_type: str
 ) -> None:
@@ -499,12 +481,9 @@ async def test_a_method_that_does_not_return_an_awaitable_is_a_protocol_error() 
 def blocking(fetcher: Callable[..., Any] = lambda k, context: 1, **more: Any) -> CallableSource:
     """A blocking source whose transport gives up after a second, and the library after three."""
     settings: dict[str, Any] = {
-        "blocking_io": True,
-        "transport_timeout_seconds": 1.0,
-        "timeout_seconds": 3.0,
-        "resilience_policy": ONCE,
-        **more,
-    }
+        "blocking_io": True, "transport_timeout_seconds": 1.0, "timeout_seconds": 3.0,
+        "resilience_policy": ONCE, **more,
+    }  # fmt: skip
     return CallableSource(
         name="blocking", priority=1, supports=lambda k: k.name == "x", fetcher=fetcher, **settings
     )

@@ -305,12 +305,9 @@ async def test_ages_are_told_when_all_has_been_copied() -> None:
         return value
 
     building = builder(
-        Batch("s", "x", "y"),
-        default_policy=FreshnessPolicy(1, 500),
-        clock=clock,
-        payload_copier=copier,
-        run_payload_copies_in_thread=False,
-    )
+        Batch("s", "x", "y"), default_policy=FreshnessPolicy(1, 500), clock=clock,
+        payload_copier=copier, run_payload_copies_in_thread=False,
+    )  # fmt: skip
     await building.build([X, Y])
     snapshot = await building.build([X, Y])
     ages = {value.age_seconds for value in snapshot.values()}

@@ -113,13 +113,9 @@ def building(texts: Texts, part: str) -> SnapshotBuilder:
     )
     deriver.supports = lambda key: key in (derived, circle)  # type: ignore[method-assign]
     return builder(
-        reader,
-        readers,
-        deriver,
-        events=texts,
-        metrics=texts.metrics,
+        reader, readers, deriver, events=texts, metrics=texts.metrics,
         default_policy=FreshnessPolicy(10.0, 1_000.0),
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("part", [ODD, LONG], ids=["odd", "long"])

@@ -707,17 +707,9 @@ async def test_a_tracer_sees_the_build_and_attempts_below_it_and_is_current_in_c
         ("call 2", "build 1"),
     ]
     assert {**spans.begun[1], "waited_seconds": 0} == {
-        "kind": "call",
-        "name": "call 1",
-        "parent": "build 1",
-        "link": None,
-        "source": "a",
-        "source_kind": "single",
-        "snapshot_id": "s",
-        "keys": 1,
-        "attempt": 1,
-        "waited_seconds": 0,
-    }
+        "kind": "call", "name": "call 1", "parent": "build 1", "link": None, "source": "a",
+        "source_kind": "single", "snapshot_id": "s", "keys": 1, "attempt": 1, "waited_seconds": 0,
+    }  # fmt: skip
     assert spans.ended["build 1"] == ({"resolved": 1, "failed": 0}, None)
     outcome, error = spans.ended["call 1"]
     assert outcome == {"outcome": "failure"}
@@ -763,13 +755,10 @@ async def test_a_tracer_sees_a_refresh_linked_to_what_set_it_off() -> None:
 async def test_stages_of_one_session_at_the_same_time_have_each_its_own_span(awaited: bool) -> None:
     spans = Spans()
     b = builder(
-        Single("a", fetch=latency(3)),
-        Single("b", fetch=latency(2)),
-        Single("c", fetch=latency(5)),
-        Derived("d", needs=lambda _: [B]),
-        tracer=spans,
+        Single("a", fetch=latency(3)), Single("b", fetch=latency(2)), Single("c", fetch=latency(5)),
+        Derived("d", needs=lambda _: [B]), tracer=spans,
         cache=SingleKeyCache() if awaited else None,
-    )
+    )  # fmt: skip
     other = await begun(b.build([key("c")]))
     async with b.session() as session:
         stages = [[A], [D], [key("c")]]
@@ -842,11 +831,8 @@ async def test_a_stage_that_raises_has_failed_with_what_it_raises() -> None:
     one_of_two, none_of_one = {"resolved": 1, "failed": 1}, {"resolved": 0, "failed": 0}
     counts = [dict(facts) for facts, _ in ends.values()]
     assert counts == [
-        *[one_of_two] * 4,
-        none_of_one,
-        *[one_of_two] * 2,
-        {"resolved": 1, "failed": 0},
-    ]
+        *[one_of_two] * 4, none_of_one, *[one_of_two] * 2, {"resolved": 1, "failed": 0},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["begin", "enter", "end", "joined"])

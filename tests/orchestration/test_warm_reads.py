@@ -78,12 +78,9 @@ async def test_a_few_keys_are_reported_as_any_others(strict: bool) -> None:
     emitted: list[tuple[str, dict[str, Any]]] = []
     clock, metrics = ManualClock(), InMemoryMetrics()
     building = builder(
-        Batch("x"),
-        clock=clock,
-        default_policy=FreshnessPolicy(10, 20),
-        metrics=metrics,
+        Batch("x"), clock=clock, default_policy=FreshnessPolicy(10, 20), metrics=metrics,
         events=Recorder(),
-    )
+    )  # fmt: skip
     await building.build(MANY[:3])
     told, counts = [], []
     for terms in ({}, {"metadata": {"for": "nobody"}}, {"deadline_seconds": 5}, {"trace": True}):

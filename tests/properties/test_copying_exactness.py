@@ -130,28 +130,20 @@ def _new(kind: str, draw: Any, earlier: list[Any]) -> Any:
     """One node; those that cannot change later get earlier nodes to hold right away."""
     held = draw(st.sampled_from(earlier)) if earlier else None
     makers: dict[str, Any] = {
-        "list": list,
-        "dict": dict,
+        "list": list, "dict": dict,
         "tuple": lambda: (held, draw(LEAVES), draw(st.sampled_from([held, 1]))),
         "set": lambda: set(draw(st.lists(KEYS, max_size=3))),
-        "bytearray": lambda: bytearray(draw(st.binary(max_size=3))),
-        "plain": Plain,
-        "slotted": Slotted,
-        "mixed": Mixed,
-        "doubled": lambda: Doubled(held),
-        "own copy": lambda: OwnCopy(held),
-        "ordered": collections.OrderedDict,
+        "bytearray": lambda: bytearray(draw(st.binary(max_size=3))), "plain": Plain,
+        "slotted": Slotted, "mixed": Mixed, "doubled": lambda: Doubled(held),
+        "own copy": lambda: OwnCopy(held), "ordered": collections.OrderedDict,
         "default": lambda: collections.defaultdict(list),
-        "deque": lambda: collections.deque([held]),
-        "marked": lambda: Marked("m"),
-        "frozen": lambda: Frozen(held, 1),
-        "frozen and filled": lambda: filled(Frozen(1, 2), held),
-        "frozen slots": lambda: FrozenSlots(held, 1),
-        "point": lambda: Point(held, held),
+        "deque": lambda: collections.deque([held]), "marked": lambda: Marked("m"),
+        "frozen": lambda: Frozen(held, 1), "frozen and filled": lambda: filled(Frozen(1, 2), held),
+        "frozen slots": lambda: FrozenSlots(held, 1), "point": lambda: Point(held, held),
         "set of it": lambda: {OwnCopy(held)},
         "keyed": lambda: {Named(1): held, Named(2): Named(1), "plain": 3},
         "set of names": lambda: {Named(1), Named((2,)), 3},
-    }
+    }  # fmt: skip
     return makers[kind]()
 
 

@@ -52,61 +52,37 @@ REFUSALS = st.builds(SourceRefusal, WORDS, SECONDS, WORDS | st.just("stale"), WO
 FOUNDATIONS = st.builds(Foundation, KEYS, WORDS, WORDS, EPOCHS)
 WAITS = spans(Wait, st.sampled_from(WaitReason), detail=WORDS)
 ATTEMPTS = spans(
-    AttemptTrace,
-    st.integers(1, 9),
-    called=st.none() | SECONDS,
+    AttemptTrace, st.integers(1, 9), called=st.none() | SECONDS,
     outcome=st.sampled_from(["success", "failure", "under_way"]) | WORDS,
-    holders=st.lists(st.tuples(WORDS, st.integers(0, 9)), max_size=3).map(tuple),
-    error_type=MAYBE,
-    error=MAYBE,
-    pause_seconds=st.none() | st.floats(0, 10),
-)
+    holders=st.lists(st.tuples(WORDS, st.integers(0, 9)), max_size=3).map(tuple), error_type=MAYBE,
+    error=MAYBE, pause_seconds=st.none() | st.floats(0, 10),
+)  # fmt: skip
 CALLS = spans(
-    CallTrace,
-    WORDS,
-    st.sampled_from(["single", "batch", "derived"]),
-    WORDS,
-    st.integers(1, 10**9),
+    CallTrace, WORDS, st.sampled_from(["single", "batch", "derived"]), WORDS, st.integers(1, 10**9),
     outcome=st.sampled_from(["success", "circuit_open", "timeout"]),
-    attempts=st.lists(ATTEMPTS, max_size=3).map(tuple),
-    error_type=MAYBE,
-    error=MAYBE,
-)
+    attempts=st.lists(ATTEMPTS, max_size=3).map(tuple), error_type=MAYBE, error=MAYBE,
+)  # fmt: skip
 
 
 @st.composite
 def traces(draw: st.DrawFn) -> Trace:
     calls = tuple(draw(st.lists(CALLS, max_size=4)))
     keys = spans(
-        KeyTrace,
-        KEYS,
-        st.sampled_from(Obtained),
-        requested=st.booleans(),
-        source=MAYBE,
-        version=MAYBE,
-        joined=MAYBE,
-        waits=st.lists(WAITS, max_size=3).map(tuple),
-        calls=st.lists(st.sampled_from(range(len(calls))), max_size=3).map(tuple)
-        if calls
-        else st.just(()),
+        KeyTrace, KEYS, st.sampled_from(Obtained), requested=st.booleans(), source=MAYBE,
+        version=MAYBE, joined=MAYBE, waits=st.lists(WAITS, max_size=3).map(tuple),
+        calls=st.lists(st.sampled_from(range(len(calls))),
+            max_size=3).map(tuple) if calls else st.just(()),
         refusals=st.lists(REFUSALS, max_size=3).map(tuple),
         rests_on=st.lists(FOUNDATIONS, max_size=3).map(tuple),
-        refresh=st.sampled_from([None, "scheduled", "under_way"]),
-        error_type=MAYBE,
-        error=MAYBE,
-    )
+        refresh=st.sampled_from([None, "scheduled", "under_way"]), error_type=MAYBE, error=MAYBE,
+    )  # fmt: skip
     found = draw(st.lists(keys, max_size=4))
     return Trace(
-        draw(WORDS),
-        draw(st.sampled_from(["build", "session", "refresh"])),
-        draw(MAYBE),
-        draw(EPOCHS),
-        draw(st.just(0.0) | st.floats(0, 1000)),
+        draw(WORDS), draw(st.sampled_from(["build", "session", "refresh"])), draw(MAYBE),
+        draw(EPOCHS), draw(st.just(0.0) | st.floats(0, 1000)),
         tuple(draw(st.lists(spans(StageTrace, WORDS, keys=st.integers(0, 9)), max_size=2))),
-        FrozenDict({each.key: each for each in found}),
-        calls,
-        draw(st.integers(0, 10**6)),
-    )
+        FrozenDict({each.key: each for each in found}), calls, draw(st.integers(0, 10**6)),
+    )  # fmt: skip
 
 
 def cells(line: str) -> int:

@@ -302,16 +302,12 @@ class World:
 
     def _builder(self) -> SnapshotBuilder:
         chance = self.chance
-        policy = chance.choice(
-            (
-                FreshnessPolicy(1_000, 2_000),
-                FreshnessPolicy(2, 2_000),
-                FreshnessPolicy(1, 2_000, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE),
-                FreshnessPolicy(
-                    3, 2_000, refresh_mode=RefreshMode.REFRESH_AHEAD, refresh_ahead_seconds=2
-                ),
-            )
-        )
+        policy = chance.choice((
+            FreshnessPolicy(1_000, 2_000), FreshnessPolicy(2, 2_000),
+            FreshnessPolicy(1, 2_000, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE),
+            FreshnessPolicy(3, 2_000, refresh_mode=RefreshMode.REFRESH_AHEAD,
+                refresh_ahead_seconds=2),
+        ))  # fmt: skip
         self.refreshes = policy.refresh_mode is not RefreshMode.BLOCKING
         self.brief = policy.ttl_seconds < 10
         overrides = {}
@@ -324,32 +320,23 @@ class World:
         if kind < 0.4:
             kinds = AwaitedCache, JudgingCache, GivingLeases
             cache = kinds[int(kind * 7.5)](chance, self.wild)
-        circuit = chance.choice(
-            (
-                CircuitBreakerPolicy(),
-                CircuitBreakerPolicy(enabled=False),
-                CircuitBreakerPolicy(chance.choice([*CircuitScope]), 1, 0.5),
-            )
-        )
+        circuit = chance.choice((
+            CircuitBreakerPolicy(), CircuitBreakerPolicy(enabled=False),
+            CircuitBreakerPolicy(chance.choice([*CircuitScope]), 1, 0.5),
+        ))  # fmt: skip
         most = chance.choice((1, 2, 8))
         if not self.nests:
             self.calls.limits["all"] = most
         return SnapshotBuilder(
-            self._sources(),
-            cache=cache,
-            clock=self.clock,
-            policy_resolver=PolicyResolver(policy, overrides),
-            events=self.events,
+            self._sources(), cache=cache, clock=self.clock,
+            policy_resolver=PolicyResolver(policy, overrides), events=self.events,
             metrics=self.metrics if self.events else None,
-            default_resilience=SourceResiliencePolicy(
-                retry=retry, circuit=circuit, finish_late=chance.random() < 0.5
-            ),
-            max_concurrency=most,
-            max_pending_tasks=chance.choice((1, 2, 100)),
-            run_payload_copies_in_thread=True if self.mutable else None,
-            trace=self.traced,
+            default_resilience=SourceResiliencePolicy(retry=retry, circuit=circuit,
+                finish_late=chance.random() < 0.5),
+            max_concurrency=most, max_pending_tasks=chance.choice((1, 2, 100)),
+            run_payload_copies_in_thread=True if self.mutable else None, trace=self.traced,
             tracer=self.spans if self.traced else None,
-        )
+        )  # fmt: skip
 
     def _sources(self) -> list[Any]:
         world = self

@@ -13,23 +13,7 @@ PUBLIC: list[str] = importlib.import_module("coalestra").__all__
 """Every name that the package exports; type checkers see the names themselves instead."""
 
 __all__ = [
-    "EPOCH",
-    "PUBLIC",
-    "Deadlock",
-    "Gate",
-    "Leak",
-    "LoopClock",
-    "ManualClock",
-    "ShuffledLoop",
-    "ThreadGate",
-    "VirtualLoop",
-    "begun",
-    "cancel_at_every_await",
-    "drop",
-    "lines_run",
-    "loop_turn",
-    "no_leaks",
-    "run_real",
-    "run_virtual",
-    "settle",
-]
+    "EPOCH", "PUBLIC", "Deadlock", "Gate", "Leak", "LoopClock", "ManualClock", "ShuffledLoop",
+    "ThreadGate", "VirtualLoop", "begun", "cancel_at_every_await", "drop", "lines_run", "loop_turn",
+    "no_leaks", "run_real", "run_virtual", "settle",
+]  # fmt: skip

@@ -46,26 +46,19 @@ def attempt(
 def call(*attempts: AttemptTrace, source: str = "quotes", **more: Any) -> CallTrace:
     """A call that began and ended with its attempts, successful unless said otherwise."""
     given = {
-        "kind": "single",
-        "snapshot_id": "b1",
-        "keys": 1,
+        "kind": "single", "snapshot_id": "b1", "keys": 1,
         "start": attempts[0].start if attempts else 0.0,
         "end": attempts[-1].end if attempts else 0.0,
-        "outcome": attempts[-1].outcome if attempts else "circuit_open",
-        **more,
-    }
+        "outcome": attempts[-1].outcome if attempts else "circuit_open", **more,
+    }  # fmt: skip
     return CallTrace(source, attempts=attempts, **given)
 
 
 def traced(*keys: KeyTrace, calls: tuple[CallTrace, ...] = (), **more: Any) -> Trace:
     given: dict[str, Any] = {
-        "snapshot_id": "b1",
-        "kind": "build",
-        "parent_snapshot_id": None,
-        "started_at": EPOCH,
-        "duration_seconds": max((each.end for each in keys), default=0.0),
-        **more,
-    }
+        "snapshot_id": "b1", "kind": "build", "parent_snapshot_id": None, "started_at": EPOCH,
+        "duration_seconds": max((each.end for each in keys), default=0.0), **more,
+    }  # fmt: skip
     return Trace(keys=FrozenDict({each.key: each for each in keys}), calls=calls, **given)
 
 

@@ -10,20 +10,10 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.values import PublishResult, PublishStatus, ResourceUpdate, SnapshotValue
 from tests.sync.steps import PRICE, Door
 
-RESULT = PublishResult(
-    PublishStatus.PUBLISHED,
-    SnapshotValue(
-        key=PRICE,
-        value=1,
-        source="stream",
-        observed_at=0.0,
-        fetched_at=0.0,
-        age_seconds=0.0,
-        stale=False,
-        from_cache=False,
-        latency_ms=0.0,
-    ),
-)
+RESULT = PublishResult(PublishStatus.PUBLISHED, SnapshotValue(
+    key=PRICE, value=1, source="stream", observed_at=0.0, fetched_at=0.0, age_seconds=0.0,
+    stale=False, from_cache=False, latency_ms=0.0,
+))  # fmt: skip
 
 
 class RecordingPublisher:

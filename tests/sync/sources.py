@@ -34,15 +34,9 @@ class Prices:
 
 
 def source(function: Any, **settings: Any) -> CallableSource:
-    return CallableSource(
-        **{
-            "name": "rest",
-            "priority": 10,
-            "supports": lambda _: True,
-            "fetcher": function,
-            **settings,
-        }
-    )
+    return CallableSource(**{
+        "name": "rest", "priority": 10, "supports": lambda _: True, "fetcher": function, **settings,
+    })  # fmt: skip
 
 
 def builder(function: Any, **settings: Any) -> SnapshotBuilder:

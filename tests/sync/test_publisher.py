@@ -51,16 +51,12 @@ def update(value: Any, key: Any = PRICE) -> ResourceUpdate[Any]:
 
 
 HANDED_ON = [
-    {
-        "update": ResourceUpdate(PRICE, 1, "stream", 5.0, {"a": 1}),
-        "force": False,
-        "replace_equal": False,
-    },
+    {"update": ResourceUpdate(PRICE, 1, "stream", 5.0, {"a": 1}), "force": False,
+        "replace_equal": False},
     {"update": update(2), "force": True, "replace_equal": True},
     {"updates": (update(3),), "force": True, "replace_equal": False},
-    {"keys": (PRICE,), "reason": "gap"},
-    {"keys": (PRICE, VOLUME), "reason": ""},
-]
+    {"keys": (PRICE,), "reason": "gap"}, {"keys": (PRICE, VOLUME), "reason": ""},
+]  # fmt: skip
 
 
 def test_waiting_methods_return_what_the_publisher_returned(

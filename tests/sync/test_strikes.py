@@ -261,16 +261,11 @@ atexit.register(end)
 @pytest.fixture(scope="module")
 def programs() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All of them at once, as each takes a moment to begin."""
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", PROGRAM + program],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for name, program in ENDINGS.items()
-    }
+    started = {name: subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM + program], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) for name, program in ENDINGS.items()}  # fmt: skip
     yield started
     for process in started.values():
         process.kill()
