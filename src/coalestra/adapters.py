@@ -5,9 +5,9 @@ Whatever they raise is the builder's to judge, as of any source.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -19,10 +19,6 @@ from coalestra.core.snapshot import FetchContext, Snapshot
 from coalestra.core.validation import flag, instance, integer, number, ruled, text
 from coalestra.core.values import SourcePayload
 from coalestra.resilience import SourceResiliencePolicy
-
-_NOT_AWAITABLE = frozenset({SourcePayload, bool, dict, float, int, list, str, tuple, type(None)})
-"""What callables most often return; for others it takes a closer look."""
-
 
 SupportsFunction: TypeAlias = Callable[[ResourceKey], bool]
 """Says whether a source can answer for a key; plain and quick."""
@@ -89,18 +85,9 @@ class CallableAdapter(AdapterSettings):
         self._supports = self._asked_by("supports")
 
     def _asked_by(self, method: str) -> Callable[[ResourceKey], Any]:
-        """Return the plain function that is given under the name of the method that asks it."""
-        function: Callable[[ResourceKey], Any] = vars(self).pop(method)
-        return validation.plain_function(method, function)
-
-    def _plain(self, method: str, answer: Any) -> Any:
-        """Return what a plain function has answered; an awaitable is a `TypeError`."""
-        if type(answer) not in _NOT_AWAITABLE and inspect.isawaitable(answer):
-            if inspect.iscoroutine(answer):
-                answer.close()  # nobody is going to await it
-            role = f"{method} of source {self.name!r}"
-            raise TypeError(f"{role} must be a plain function, got one that is async")
-        return answer
+        """Return what asks the plain function that is given under the name of this method."""
+        function = validation.plain_function(method, vars(self).pop(method))
+        return partial(_answer, f"{method} of source {self.name!r}", function)
 
     async def _call(self, *arguments: Any) -> Any:
         """Return what the function returns, awaited if it is awaitable."""
@@ -109,16 +96,20 @@ class CallableAdapter(AdapterSettings):
             result = await run(self._function, *arguments, label=self.name)
         else:
             result = self._function(*arguments)
-        if type(result) in _NOT_AWAITABLE or not inspect.isawaitable(result):
-            return result
-        return await result
+        if type(result) is not SourcePayload and validation.is_awaitable(result):
+            return await result
+        return result
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""
-        return bool(self._plain("supports", self._supports(key)))
+        return bool(self._supports(key))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, priority={self.priority!r})"
+
+
+def _answer(name: str, function: Callable[[ResourceKey], Any], key: ResourceKey) -> Any:
+    return validation.at_once(name, function(key))
 
 
 def as_payload(value: Any) -> SourcePayload[Any]:
@@ -224,7 +215,7 @@ class CallableDerivedSource(CallableAdapter, DerivedSettings):
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""
-        declared = self._plain("dependencies", self._dependencies(key))
+        declared = self._dependencies(key)
         if isinstance(declared, (tuple, list, Collection)) or not isinstance(declared, Iterable):
             return declared
         return tuple(declared)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass, field, replace
@@ -173,11 +174,10 @@ class CircuitSnapshot:
 class Circuit:
     """The state of one circuit. Time comes in as an argument, in seconds of one monotonic clock.
 
-    `turn` is that of its last change of state.
+    `turn` is that of its last change of state; `opened_at` is None while it is closed.
     """
 
     turn: int = 0
-    stored: CircuitState = _CLOSED
     failures: int = 0
     opened_at: float | None = None
     probe_at: float = 0.0
@@ -185,9 +185,9 @@ class Circuit:
 
     def state(self, now: float) -> CircuitState:
         """Return the state at `now`: an open circuit turns half-open by the passing of time."""
-        if self.stored is _OPEN and now >= self.probe_at:
-            return _HALF_OPEN
-        return self.stored
+        if self.opened_at is None:
+            return _CLOSED
+        return _HALF_OPEN if self.probing or now >= self.probe_at else _OPEN
 
     def refuses(self, now: float) -> bool:
         """Whether a call would be refused at `now`."""
@@ -197,7 +197,7 @@ class Circuit:
         """Let a call through; return whether it is the probe, with which a new `turn` begins."""
         if self.state(now) is not _HALF_OPEN:
             return False
-        self.stored, self.probing, self.turn = _HALF_OPEN, True, turn
+        self.probing, self.turn = True, turn
         return True
 
     def report(self, outcome: Outcome, now: float, turn: int, policy: CircuitBreakerPolicy) -> bool:
@@ -207,7 +207,7 @@ class Circuit:
             return False
         half_open = state is _HALF_OPEN
         if outcome is Outcome.SUCCESS:
-            self.stored, self.failures, self.probing = _CLOSED, 0, False
+            self.opened_at, self.failures, self.probing = None, 0, False
             self.turn = turn if half_open else self.turn
             return half_open
         if outcome is Outcome.SKIPPED:
@@ -219,8 +219,8 @@ class Circuit:
         else:
             opens = self.probing
         if opens:
-            self.stored, self.probing, self.turn = _OPEN, False, turn
             self.opened_at, self.probe_at = now, now + policy.recovery_timeout_seconds
+            self.probing, self.turn = False, turn
         return opens
 
     def view(self, now: float, *others: Circuit) -> CircuitSnapshot:
@@ -239,7 +239,8 @@ class Circuit:
         )
 
     def __repr__(self) -> str:
-        return f"<Circuit {self.stored.value} failures={self.failures} probing={self.probing}>"
+        state = self.state(-math.inf).value
+        return f"<Circuit {state} failures={self.failures} probing={self.probing}>"
 
 
 MAX_CIRCUITS = 10_000
@@ -380,7 +381,7 @@ class CircuitBreaker:
         if outcome is Outcome.FAILURE:
             self._use(identity, circuit)
         self.turn += circuit.report(outcome, now, self.turn + 1, policy)
-        if circuit.stored is _CLOSED and not circuit.failures:
+        if circuit.opened_at is None and not circuit.failures:
             self._put_to_rest(identity, circuit.turn)
 
     def _use(self, identity: CircuitIdentity, circuit: Circuit) -> None:

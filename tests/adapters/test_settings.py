@@ -169,7 +169,7 @@ def test_supports_answers_a_truth_whatever_was_said(kind: str, answer: Any, expe
 @pytest.mark.parametrize("kind", KINDS)
 def test_supports_must_not_turn_out_to_be_async(kind: str) -> None:
     source = adapter(kind, function, supports=lambda _: async_function())
-    with pytest.raises(TypeError, match="supports of source 'rest' must be a plain function"):
+    with pytest.raises(TypeError, match="supports of source 'rest' must answer at once"):
         source.supports(PRICE)
 
 

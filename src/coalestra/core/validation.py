@@ -216,12 +216,21 @@ def plain_function(name: str, value: T, *, optional: bool = False) -> T:
     return value
 
 
-def at_once(name: str, answer: Any) -> Any:
-    """Return what a function has answered; `TypeError` if that has yet to be awaited."""
-    if type(answer) is not bool and inspect.isawaitable(answer):
+_ANSWERS = frozenset({bool, dict, float, int, list, str, tuple, type(None)})
+"""What functions most often return; of others it takes a closer look whether they are awaitable."""
+
+
+def is_awaitable(answer: object) -> bool:
+    """Whether what a function has returned has yet to be awaited."""
+    return type(answer) not in _ANSWERS and inspect.isawaitable(answer)
+
+
+def at_once(name: str, answer: Any, refused: type[Exception] = TypeError) -> Any:
+    """Return what a function has answered; an error if that has yet to be awaited."""
+    if is_awaitable(answer):
         if hasattr(answer, "close"):
             answer.close()
-        raise TypeError(f"{name} must answer at once, got an awaitable; use a plain function")
+        raise refused(f"{name} must answer at once, got an awaitable; use a plain function")
     return answer
 
 

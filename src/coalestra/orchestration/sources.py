@@ -23,6 +23,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Source, is_own
 from coalestra.core.snapshot import DiagnosticsRecorder
 from coalestra.core.validation import (
+    at_once,
     flag,
     instance,
     integer,
@@ -220,7 +221,8 @@ class Chains:
             try:
                 answer = copied().run(supports, key)
                 if answer is not True and answer is not False:
-                    answer = _as_answer(link, answer)
+                    name = f"supports() of source {link.name!r}"
+                    answer = bool(at_once(name, answer, SourceProtocolError))
             except BaseException as error:
                 said.append(_own(link, error))
                 continue
@@ -251,16 +253,6 @@ def _own(link: Link, error: BaseException) -> BaseException:
         return own
     traceback = error.__traceback__
     return BaseException.with_traceback(error, None if traceback is None else traceback.tb_next)
-
-
-def _as_answer(link: Link, answer: object) -> bool:
-    if inspect.isawaitable(answer):
-        if inspect.iscoroutine(answer):
-            answer.close()  # nobody is going to await it
-        raise SourceProtocolError(
-            f"supports() of source {link.name!r} returned an awaitable; it must be a plain function"
-        )
-    return bool(answer)
 
 
 def dependencies_of(link: Link, key: ResourceKey, variables: Context) -> tuple[ResourceKey, ...]:
