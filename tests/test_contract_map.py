@@ -30,27 +30,14 @@ def test_every_test_of_the_library_belongs_to_a_section() -> None:
     """Tests of the tests, the documents, the package and its inner shape stand for themselves."""
     of_the_contract = {name for section in SECTIONS.values() for name in section.files}
     apart = {
-        "architecture",
-        "docs",
-        "release",
-        "support",
-        "benchmarks",
-        "regressions",
-        "simulation",
-        "inspect",
-        "opentelemetry",
-        "redis",
-        "prometheus",
-    }
+        "architecture", "docs", "release", "support", "benchmarks", "regressions", "simulation",
+        "inspect", "opentelemetry", "redis", "prometheus",
+    }  # fmt: skip
     internal = {
-        "cache/test_fan_out.py",
-        "cache/test_lanes.py",
-        "concurrency/test_pace.py",
-        "concurrency/test_threads.py",
-        "concurrency/test_waiting.py",
-        "concurrency/test_waits_for.py",
-        "core/test_validation.py",
-    }
+        "cache/test_fan_out.py", "cache/test_lanes.py", "concurrency/test_pace.py",
+        "concurrency/test_threads.py", "concurrency/test_waiting.py",
+        "concurrency/test_waits_for.py", "core/test_validation.py",
+    }  # fmt: skip
     found = {
         path.relative_to(HERE).as_posix()
         for path in HERE.glob("*/test_*.py")

@@ -24,28 +24,16 @@ from tests.adapters.sample_calls import CONTEXT, KINDS, PRICE, VOLUME, adapter, 
 from tests.support import VirtualLoop
 
 SETTINGS: dict[str, Any] = {
-    "name": "rest",
-    "priority": -3,
-    "timeout_seconds": 2.0,
-    "queue_timeout_seconds": 1,
-    "max_concurrency": 4,
-    "resilience_policy": SourceResiliencePolicy(),
-    "cache_supports": False,
-    "run_sync_in_thread": True,
-    "blocking_io": True,
-    "transport_timeout_seconds": 1.5,
-}
+    "name": "rest", "priority": -3, "timeout_seconds": 2.0, "queue_timeout_seconds": 1,
+    "max_concurrency": 4, "resilience_policy": SourceResiliencePolicy(), "cache_supports": False,
+    "run_sync_in_thread": True, "blocking_io": True, "transport_timeout_seconds": 1.5,
+}  # fmt: skip
 
 DEFAULTS: dict[str, Any] = {
-    "timeout_seconds": None,
-    "queue_timeout_seconds": None,
-    "max_concurrency": None,
-    "resilience_policy": None,
-    "cache_supports": True,
-    "run_sync_in_thread": True,
-    "blocking_io": False,
-    "transport_timeout_seconds": None,
-}
+    "timeout_seconds": None, "queue_timeout_seconds": None, "max_concurrency": None,
+    "resilience_policy": None, "cache_supports": True, "run_sync_in_thread": True,
+    "blocking_io": False, "transport_timeout_seconds": None,
+}  # fmt: skip
 
 
 def function(*_: Any) -> Any:
@@ -96,19 +84,16 @@ def test_a_bad_setting_is_refused(kind: str, name: str, value: Any, error: type[
     assert ("set blocking_io=True" in str(caught.value)) is needs_io
 
 
-@pytest.mark.parametrize(
-    "kind, called, settings, error, match",
-    [
-        ("single", 5, {}, TypeError, "fetcher must be a callable"),
-        ("batch", 5, {}, TypeError, "fetcher must be a callable"),
-        ("derived", 5, {}, TypeError, "deriver must be a callable"),
-        ("batch", function, {"max_batch_size": 0}, ValueError, "max_batch_size must be "),
-        ("batch", function, {"max_batch_size": 1.0}, TypeError, "max_batch_size must be "),
-        ("batch", function, {"max_batch_size": True}, TypeError, "max_batch_size must be "),
-        ("derived", function, {"dependencies": 5}, TypeError, "dependencies must be a "),
-        ("derived", function, {"dependencies": async_function}, TypeError, "dependencies must be "),
-    ],
-)
+@pytest.mark.parametrize("kind, called, settings, error, match", [
+    ("single", 5, {}, TypeError, "fetcher must be a callable"),
+    ("batch", 5, {}, TypeError, "fetcher must be a callable"),
+    ("derived", 5, {}, TypeError, "deriver must be a callable"),
+    ("batch", function, {"max_batch_size": 0}, ValueError, "max_batch_size must be "),
+    ("batch", function, {"max_batch_size": 1.0}, TypeError, "max_batch_size must be "),
+    ("batch", function, {"max_batch_size": True}, TypeError, "max_batch_size must be "),
+    ("derived", function, {"dependencies": 5}, TypeError, "dependencies must be a "),
+    ("derived", function, {"dependencies": async_function}, TypeError, "dependencies must be "),
+])  # fmt: skip
 def test_what_one_kind_alone_takes_is_checked_too(
     kind: str, called: Any, settings: dict[str, Any], error: type[Exception], match: str
 ) -> None:
@@ -129,22 +114,14 @@ def test_work_is_offloaded_if_it_is_plain_and_may_go_to_a_thread(
     assert source.blocking_io_offloaded is offloaded
 
 
-@pytest.mark.parametrize(
-    "settings, status",
-    [
-        ({}, SourceTimeoutGuaranteeStatus.NON_BLOCKING),
-        ({"blocking_io": True}, SourceTimeoutGuaranteeStatus.UNSAFE_TIMEOUT_MISSING),
-        (SETTINGS, SourceTimeoutGuaranteeStatus.PROTECTED),
-        (
-            {**SETTINGS, "run_sync_in_thread": False},
-            SourceTimeoutGuaranteeStatus.UNSAFE_NOT_OFFLOADED,
-        ),
-        (
-            {**SETTINGS, "transport_timeout_seconds": 2.0},
-            SourceTimeoutGuaranteeStatus.UNSAFE_TIMEOUT_NOT_WITHIN_SOURCE,
-        ),
-    ],
-)
+@pytest.mark.parametrize("settings, status", [
+    ({}, SourceTimeoutGuaranteeStatus.NON_BLOCKING),
+    ({"blocking_io": True}, SourceTimeoutGuaranteeStatus.UNSAFE_TIMEOUT_MISSING),
+    (SETTINGS, SourceTimeoutGuaranteeStatus.PROTECTED),
+    ({**SETTINGS, "run_sync_in_thread": False}, SourceTimeoutGuaranteeStatus.UNSAFE_NOT_OFFLOADED),
+    ({**SETTINGS, "transport_timeout_seconds": 2.0},
+        SourceTimeoutGuaranteeStatus.UNSAFE_TIMEOUT_NOT_WITHIN_SOURCE),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_declares_how_it_blocks(
     kind: str, settings: dict[str, Any], status: SourceTimeoutGuaranteeStatus

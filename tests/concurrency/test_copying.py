@@ -479,16 +479,11 @@ def test_tuples_that_share_parts_many_times_are_judged_once_each(copies: Payload
     assert sealed[0] is value
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        list(range(120_000)),
-        dict.fromkeys(range(120_000), 0.5),
-        {"rows": [[number] for number in range(6_000)]},
-        {"all": (list(range(110_000)), dict.fromkeys(range(110_000)), set(range(110_000)))},
-    ],
-    ids=["long list", "large dict", "many rows", "huge parts"],
-)
+@pytest.mark.parametrize("value", [
+    list(range(120_000)), dict.fromkeys(range(120_000), 0.5),
+    {"rows": [[number] for number in range(6_000)]},
+    {"all": (list(range(110_000)), dict.fromkeys(range(110_000)), set(range(110_000)))},
+], ids=["long list", "large dict", "many rows", "huge parts"])  # fmt: skip
 async def test_a_large_payload_is_copied_in_a_thread(copies: PayloadCopies, value: Any) -> None:
     """The event loop is for everybody."""
     assert copies.seal_now(value, context="test") is None
@@ -829,17 +824,9 @@ class TestPayloadIsolator:
     def test_a_cloned_value_shares_nothing_and_keeps_its_version(self) -> None:
         """Only the facts that were given change."""
         value: SnapshotValue[list[int]] = SnapshotValue(
-            ResourceKey("n", "a"),
-            [1],
-            "feed",
-            1.0,
-            2.0,
-            0.5,
-            False,
-            True,
-            7.0,
+            ResourceKey("n", "a"), [1], "feed", 1.0, 2.0, 0.5, False, True, 7.0,
             metadata={"rows": [1]},
-        )
+        )  # fmt: skip
         clone = PayloadIsolator().clone_snapshot_value(
             value, context="test", age_seconds=3.0, stale=True, metadata={"other": 1}
         )

@@ -54,15 +54,10 @@ def edges_of(graph: WaitsFor[N]) -> tuple[tuple[N, N], ...]:
 
 
 NODES = st.integers(0, 9)
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), NODES, NODES),
-        st.tuples(st.just("add"), NODES, NODES),
-        st.tuples(st.just("remove"), NODES, NODES),
-        st.tuples(st.just("discard"), NODES, NODES),
-    ),
-    max_size=80,
-)
+STEPS = st.lists(st.one_of(
+    st.tuples(st.just("add"), NODES, NODES), st.tuples(st.just("add"), NODES, NODES),
+    st.tuples(st.just("remove"), NODES, NODES), st.tuples(st.just("discard"), NODES, NODES),
+), max_size=80)  # fmt: skip
 
 
 @pytest.mark.parametrize("searched", [0, 2, 100])

@@ -21,12 +21,9 @@ from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "public-api.md"
 PACKAGES = (
-    "coalestra",
-    "coalestra.inspect",
-    "coalestra.opentelemetry",
-    "coalestra.prometheus",
+    "coalestra", "coalestra.inspect", "coalestra.opentelemetry", "coalestra.prometheus",
     "coalestra.redis",
-)
+)  # fmt: skip
 
 _TABLE = re.compile(r"(<!-- names of ([\w.]+): begin -->\n).*?(<!-- names: end -->)", re.DOTALL)
 _ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)

@@ -25,15 +25,10 @@ PACKAGE_HOME = Path(str(coalestra.__file__)).parents[1]
 def printed_by(example: str, directory: Path) -> str:
     """Run an example as a reader would, warnings being errors; return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(EXAMPLES / example)],
-        cwd=directory,
+        [sys.executable, "-W", "error", str(EXAMPLES / example)], cwd=directory,
         env={**os.environ, "PYTHONPATH": str(PACKAGE_HOME), "PYTHONIOENCODING": "utf-8"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=120, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     return done.stdout
 

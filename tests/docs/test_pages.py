@@ -59,15 +59,10 @@ def test_a_recipe_runs_in_the_framework_that_it_is_for(
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: pip install -e '.[docs]'")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.docs.running", page.name, str(number)],
-        cwd=tmp_path,
+        [sys.executable, "-m", "tests.docs.running", page.name, str(number)], cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(PACKAGE_HOME)])},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        check=False,
-    )
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

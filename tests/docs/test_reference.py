@@ -85,12 +85,9 @@ def test_every_setting_of_a_builder_has_its_row() -> None:
 
 def test_every_setting_of_sources_and_facades_has_its_row() -> None:
     kinds = (
-        coalestra.CallableSource,
-        coalestra.CallableBatchSource,
-        coalestra.CallableDerivedSource,
-        coalestra.AsyncMemoryCache,
-        coalestra.SyncSnapshotBuilder,
-    )
+        coalestra.CallableSource, coalestra.CallableBatchSource, coalestra.CallableDerivedSource,
+        coalestra.AsyncMemoryCache, coalestra.SyncSnapshotBuilder,
+    )  # fmt: skip
     made: tuple[Any, ...] = (*kinds, live_page.app, live_page.serve)
     parameters = {name for each in made for name in inspect.signature(each).parameters}
     assert parameters - {"builder", "application"} <= first_cells("settings.md")

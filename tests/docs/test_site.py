@@ -42,15 +42,10 @@ def test_the_site_says_of_each_public_name_what_its_docstring_says() -> None:
 def test_the_site_has_no_broken_link_and_an_entry_for_every_public_name(tmp_path: Path) -> None:
     site = ROOT / os.environ.get("COALESTRA_SITE", tmp_path)  # `make docs` keeps it
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
-        cwd=ROOT,
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)], cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-        check=False,
-    )
+        stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     documented = names_in((site / "objects.inv").read_bytes())
     assert {f"coalestra.{name}" for name in PUBLIC} <= documented

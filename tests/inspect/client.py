@@ -16,19 +16,11 @@ def scope_of(path: str, method: str = "GET", **more: Any) -> dict[str, Any]:
     """The scope of a request that comes from this machine."""
     headers = {"host": "127.0.0.1:8089", **more.pop("headers", {})}
     return {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": method,
-        "scheme": "http",
-        "path": path,
-        "query_string": b"",
-        "root_path": "",
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
+        "scheme": "http", "path": path, "query_string": b"", "root_path": "",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
-        "client": HERE,
-        "server": ("127.0.0.1", 8089),
-        **more,
-    }
+        "client": HERE, "server": ("127.0.0.1", 8089), **more,
+    }  # fmt: skip
 
 
 @dataclass

@@ -102,21 +102,16 @@ def test_ctrl_c_ends_it_also_while_somebody_watches(folder: Path) -> None:
         connection.close()
 
 
-@pytest.mark.parametrize(
-    "path,words",
-    [
-        ("farm_of_the_test", "MODULE:NAME"),
-        (":builder", "MODULE:NAME"),
-        (".farm_of_the_test:builder", "MODULE:NAME"),
-        ("farm_of_the_test:", "MODULE:NAME"),
-        ("no_such_module:builder", "there is no module 'no_such_module'"),
-        ("farm_of_the_test.deep:builder", "there is no module 'farm_of_the_test.deep'"),
-        ("farm_of_the_test:nothing", "has no 'nothing'"),
-        ("farm_of_the_test:made.nothing", "has no 'made.nothing'"),
-        ("farm_of_the_test:wrong", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
-        ("farm_of_the_test:source", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
-    ],
-)
+@pytest.mark.parametrize("path,words", [
+    ("farm_of_the_test", "MODULE:NAME"), (":builder", "MODULE:NAME"),
+    (".farm_of_the_test:builder", "MODULE:NAME"), ("farm_of_the_test:", "MODULE:NAME"),
+    ("no_such_module:builder", "there is no module 'no_such_module'"),
+    ("farm_of_the_test.deep:builder", "there is no module 'farm_of_the_test.deep'"),
+    ("farm_of_the_test:nothing", "has no 'nothing'"),
+    ("farm_of_the_test:made.nothing", "has no 'made.nothing'"),
+    ("farm_of_the_test:wrong", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
+    ("farm_of_the_test:source", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
+])  # fmt: skip
 def test_what_cannot_be_served_is_told_in_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
 ) -> None:

@@ -378,16 +378,13 @@ class Wrong:
 
 
 @pytest.mark.parametrize("kind", [BufferedEventSink, BufferedMetricsSink])
-@pytest.mark.parametrize(
-    "settings, error, parameter",
-    [
-        ({"max_pending": 0}, ValueError, "max_pending"),
-        ({"max_pending": True}, TypeError, "max_pending"),
-        ({"max_pending": 2.0}, TypeError, "max_pending"),
-        ({"overflow": "raise"}, TypeError, "overflow"),
-        ({"downstream": Wrong()}, TypeError, "downstream"),
-    ],
-)
+@pytest.mark.parametrize("settings, error, parameter", [
+    ({"max_pending": 0}, ValueError, "max_pending"),
+    ({"max_pending": True}, TypeError, "max_pending"),
+    ({"max_pending": 2.0}, TypeError, "max_pending"),
+    ({"overflow": "raise"}, TypeError, "overflow"),
+    ({"downstream": Wrong()}, TypeError, "downstream"),
+])  # fmt: skip
 def test_wrong_settings_are_refused_by_name(
     kind: Any, settings: dict[str, Any], error: type[Exception], parameter: str
 ) -> None:

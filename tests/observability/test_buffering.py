@@ -46,15 +46,11 @@ class Halfway:
     def increment(self, metric: str, value: int = 1, **labels: str) -> None: ...
 
 
-@pytest.mark.parametrize(
-    "arguments, error, parameter",
-    [
-        ({"metrics": Halfway()}, TypeError, "metrics"),
-        ({"events": Halfway()}, TypeError, "events"),
-        ({"buffer": "auto"}, TypeError, "buffer_observability"),
-        ({"max_pending": 0, "events": Recorder()}, ValueError, "max_pending"),
-    ],
-)
+@pytest.mark.parametrize("arguments, error, parameter", [
+    ({"metrics": Halfway()}, TypeError, "metrics"), ({"events": Halfway()}, TypeError, "events"),
+    ({"buffer": "auto"}, TypeError, "buffer_observability"),
+    ({"max_pending": 0, "events": Recorder()}, ValueError, "max_pending"),
+])  # fmt: skip
 def test_wrong_arguments_are_refused_by_name(
     arguments: dict[str, Any], error: type[Exception], parameter: str
 ) -> None:

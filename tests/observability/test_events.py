@@ -53,17 +53,14 @@ def test_a_logging_sink_tells_its_logger() -> None:
     assert "coalestra" in repr(LoggingEventSink())
 
 
-@pytest.mark.parametrize(
-    "event_type, payload, level",
-    [
-        ("source_failed", {"error": "down"}, logging.WARNING),
-        ("stale_fallback_used", {}, logging.WARNING),
-        ("snapshot_built", {"failed": 1, "build_failed": False}, logging.WARNING),
-        ("snapshot_built", {"failed": 0, "build_failed": True}, logging.WARNING),
-        ("snapshot_built", {"failed": 0, "build_failed": False}, logging.INFO),
-        ("cache_hit", {}, logging.INFO),
-    ],
-)
+@pytest.mark.parametrize("event_type, payload, level", [
+    ("source_failed", {"error": "down"}, logging.WARNING),
+    ("stale_fallback_used", {}, logging.WARNING),
+    ("snapshot_built", {"failed": 1, "build_failed": False}, logging.WARNING),
+    ("snapshot_built", {"failed": 0, "build_failed": True}, logging.WARNING),
+    ("snapshot_built", {"failed": 0, "build_failed": False}, logging.INFO),
+    ("cache_hit", {}, logging.INFO),
+])  # fmt: skip
 def test_failures_are_logged_as_warnings(
     event_type: str, payload: dict[str, Any], level: int, caplog: pytest.LogCaptureFixture
 ) -> None:

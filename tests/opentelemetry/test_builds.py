@@ -73,26 +73,16 @@ async def test_spans_of_clients_are_below_attempts_and_those_below_requests(span
         await used.build([D], snapshot_id="s1")
         assert trace.get_current_span().is_recording(), "the request's own span is current again"
     assert spans.tree() == [
-        "request",
-        "  build snapshot",
-        "    derive d",
-        "    fetch a",
-        "      GET",
-        "    fetch a",
-        "      GET",
-        "    fetch_many b",
-    ]
+        "request", "  build snapshot", "    derive d", "    fetch a", "      GET", "    fetch a",
+        "      GET", "    fetch_many b",
+    ]  # fmt: skip
     first, second = spans.named("fetch a")
     assert attributes(first) == {
-        "coalestra.source.name": "a",
-        "coalestra.source.kind": "single",
-        "coalestra.snapshot.id": "s1",
-        "coalestra.keys.requested": 1,
-        "coalestra.call.attempt": 1,
-        "coalestra.capacity.wait_time": 0.0,
-        "coalestra.outcome": "failure",
+        "coalestra.source.name": "a", "coalestra.source.kind": "single",
+        "coalestra.snapshot.id": "s1", "coalestra.keys.requested": 1, "coalestra.call.attempt": 1,
+        "coalestra.capacity.wait_time": 0.0, "coalestra.outcome": "failure",
         "error.type": "coalestra.core.errors.SourceUnavailableError",
-    }
+    }  # fmt: skip
     assert first.instrumentation_scope is not None
     assert (first.instrumentation_scope.name, bool(first.instrumentation_scope.version)) == (
         "coalestra",
@@ -150,16 +140,9 @@ async def test_each_stage_of_a_session_hangs_below_what_asked_for_it(spans: Span
         await session.revalidate([A], force_refresh=True)
     await session.close()
     assert spans.tree() == [
-        "first",
-        "  resolve snapshot",
-        "    fetch a",
-        "opening",
-        "second",
-        "  resolve snapshot",
-        "    fetch b",
-        "  revalidate snapshot",
-        "    fetch a",
-    ]
+        "first", "  resolve snapshot", "    fetch a", "opening", "second", "  resolve snapshot",
+        "    fetch b", "  revalidate snapshot", "    fetch a",
+    ]  # fmt: skip
 
 
 async def test_waiting_for_capacity_is_told_with_the_call(spans: Spans) -> None:

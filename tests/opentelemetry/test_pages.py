@@ -95,12 +95,9 @@ def test_every_attribute_of_a_span_is_explained_once(spans: Spans) -> None:
 def test_without_the_api_the_import_says_what_to_install() -> None:
     program = "import sys; sys.modules['opentelemetry'] = None; import coalestra.opentelemetry"
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=PACKAGE.parent,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True,
         check=False,
-    )
+    )  # fmt: skip
     assert "ImportError: coalestra.opentelemetry must have the package opentelemetry-api" in (
         done.stderr
     )

@@ -132,18 +132,13 @@ def test_every_metric_that_is_shown_is_in_the_dashboard(shown: dict[str, set[str
         if not any(name == stem or name.startswith(f"{stem}_") for name in asked)
     }
     assert left == {
-        "coalestra_dispatch_workers",
-        "coalestra_cache_lookups_total",
-        "coalestra_observability_max_pending",
-        "coalestra_observability_pending",
-        "coalestra_payload_copy_deadline_total",
-        "coalestra_payload_copy_failures_total",
-        "coalestra_queue_timeouts_total",
-        "coalestra_snapshot_acceptance_total",
-        "coalestra_source_attempts_total",
-        "coalestra_source_failed_attempts_total",
+        "coalestra_dispatch_workers", "coalestra_cache_lookups_total",
+        "coalestra_observability_max_pending", "coalestra_observability_pending",
+        "coalestra_payload_copy_deadline_total", "coalestra_payload_copy_failures_total",
+        "coalestra_queue_timeouts_total", "coalestra_snapshot_acceptance_total",
+        "coalestra_source_attempts_total", "coalestra_source_failed_attempts_total",
         "coalestra_source_last_error_timestamp_seconds",
-    }
+    }  # fmt: skip
 
 
 def test_the_dashboard_is_one_that_grafana_reads() -> None:

@@ -284,17 +284,14 @@ async def test_a_second_collector_of_the_same_names_is_refused(registry: Collect
         HealthCollector({}, registry=registry, namespace="mine")
 
 
-@pytest.mark.parametrize(
-    "settings,error,said",
-    [
-        ({"builders": None}, TypeError, "builders must"),
-        ({"builders": {"a": 1}}, TypeError, "builder must"),
-        ({"builders": {"a": None}}, TypeError, "builder must"),
-        ({"registry": None}, TypeError, "registry must"),
-        ({"namespace": "a b"}, ValueError, "namespace must"),
-        ({"interval_seconds": 0}, ValueError, "interval_seconds must"),
-    ],
-)
+@pytest.mark.parametrize("settings,error,said", [
+    ({"builders": None}, TypeError, "builders must"),
+    ({"builders": {"a": 1}}, TypeError, "builder must"),
+    ({"builders": {"a": None}}, TypeError, "builder must"),
+    ({"registry": None}, TypeError, "registry must"),
+    ({"namespace": "a b"}, ValueError, "namespace must"),
+    ({"interval_seconds": 0}, ValueError, "interval_seconds must"),
+])  # fmt: skip
 def test_settings_are_checked(
     registry: CollectorRegistry, settings: dict[str, Any], error: type[Exception], said: str
 ) -> None:
@@ -323,12 +320,7 @@ def test_the_reference_names_every_metric_of_health() -> None:
     rows = re.findall(
         r"^\| `coalestra_(\w+)` \| (counter|gauge) \| ([^|]*) \| (.+) \|$", page, re.MULTILINE
     )
-    assert rows == [
-        (
-            fact.name,
-            "counter" if fact.counts else "gauge",
-            ", ".join(f"`{label}`" for label in fact.labels),
-            fact.description,
-        )
-        for fact in FACTS.values()
-    ]
+    assert rows == [(
+        fact.name, "counter" if fact.counts else "gauge",
+        ", ".join(f"`{label}`" for label in fact.labels), fact.description,
+    ) for fact in FACTS.values()]  # fmt: skip

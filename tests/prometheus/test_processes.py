@@ -29,17 +29,11 @@ class Process:
 
     def __init__(self, shared: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.prometheus.worker"],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}",
-                "PROMETHEUS_MULTIPROC_DIR": str(shared),
-            },
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+            [sys.executable, "-m", "tests.prometheus.worker"], cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}",
+                "PROMETHEUS_MULTIPROC_DIR": str(shared)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         self.pid = self._process.pid
 
     def do(self, *order: object) -> None:

@@ -72,13 +72,10 @@ async def test_calls_batches_joins_and_publications_are_shown(registry: Collecto
     assert figure(registry, published, source="news", status="published", **KIND, **of_shop) == 1
 
 
-@pytest.mark.parametrize(
-    "metric, label, kind",
-    [
-        ("snapshot_acceptance_violation_total", "reason", SnapshotAcceptanceReason),
-        ("resource_publish_total", "status", PublishStatus),
-    ],
-)
+@pytest.mark.parametrize("metric, label, kind", [
+    ("snapshot_acceptance_violation_total", "reason", SnapshotAcceptanceReason),
+    ("resource_publish_total", "status", PublishStatus),
+])  # fmt: skip
 def test_every_outcome_that_the_library_can_tell_begins_at_zero(
     registry: CollectorRegistry, metric: str, label: str, kind: type[Enum]
 ) -> None:
@@ -220,18 +217,14 @@ def test_memory_is_bounded_too(registry: CollectorRegistry) -> None:
     assert figure(registry, "coalestra_snapshot_build_total", status="success") == 500
 
 
-@pytest.mark.parametrize(
-    "report",
-    [
-        lambda sink: sink.increment("snapshot_build_total", -1, status="success"),
-        lambda sink: sink.increment("snapshot_build_total", float("nan"), status="success"),
-        lambda sink: sink.increment("source_batch_size", source="a"),
-        lambda sink: sink.observe("snapshot_build_total", 1.0),
-        lambda sink: sink.increment("door_total", side="left"),
-        lambda sink: sink.increment("no name"),
-        lambda sink: sink.observe("", 1.0),
-    ],
-)
+@pytest.mark.parametrize("report", [
+    lambda sink: sink.increment("snapshot_build_total", -1, status="success"),
+    lambda sink: sink.increment("snapshot_build_total", float("nan"), status="success"),
+    lambda sink: sink.increment("source_batch_size", source="a"),
+    lambda sink: sink.observe("snapshot_build_total", 1.0),
+    lambda sink: sink.increment("door_total", side="left"), lambda sink: sink.increment("no name"),
+    lambda sink: sink.observe("", 1.0),
+])  # fmt: skip
 def test_what_makes_no_sense_is_refused_in_place(registry: CollectorRegistry, report: Any) -> None:
     sink = PrometheusMetrics(registry=registry)
     before = metrics(registry).keys()
@@ -240,15 +233,12 @@ def test_what_makes_no_sense_is_refused_in_place(registry: CollectorRegistry, re
     assert metrics(registry).keys() == before
 
 
-@pytest.mark.parametrize(
-    "report",
-    [
-        lambda sink: sink.increment("snapshot_build_total", "1", status="success"),
-        lambda sink: sink.increment("snapshot_build_total", status=["success"]),
-        lambda sink: sink.observe("source_batch_size", None, source="a"),
-        lambda sink: sink.observe("source_fetch_latency_ms", "1", source="a"),
-    ],
-)
+@pytest.mark.parametrize("report", [
+    lambda sink: sink.increment("snapshot_build_total", "1", status="success"),
+    lambda sink: sink.increment("snapshot_build_total", status=["success"]),
+    lambda sink: sink.observe("source_batch_size", None, source="a"),
+    lambda sink: sink.observe("source_fetch_latency_ms", "1", source="a"),
+])  # fmt: skip
 def test_what_is_no_number_or_text_spoils_nothing(registry: CollectorRegistry, report: Any) -> None:
     sink: Any = PrometheusMetrics(registry=registry)
     for _ in range(2):

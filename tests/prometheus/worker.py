@@ -21,15 +21,10 @@ class Worker:
         self.gate = asyncio.Event()
         self.held: list[asyncio.Task[Any]] = []
         source = CallableSource(
-            name="x",
-            priority=1,
-            supports=lambda key: True,
-            fetcher=self.fetch,
-            max_concurrency=4,
-            resilience_policy=SourceResiliencePolicy(
-                retry=RetryPolicy(max_attempts=1), circuit=CircuitBreakerPolicy(failure_threshold=1)
-            ),
-        )
+            name="x", priority=1, supports=lambda key: True, fetcher=self.fetch, max_concurrency=4,
+            resilience_policy=SourceResiliencePolicy(retry=RetryPolicy(max_attempts=1),
+                circuit=CircuitBreakerPolicy(failure_threshold=1)),
+        )  # fmt: skip
         self.builder = SnapshotBuilder(
             [source],
             default_policy=FreshnessPolicy(1000.0, 1000.0),

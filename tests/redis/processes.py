@@ -24,13 +24,10 @@ class Process:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.redis.worker"],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+            [sys.executable, "-m", "tests.redis.worker"], cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}"}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
 
     @property
     def alive(self) -> bool:

@@ -137,15 +137,10 @@ def running(*settings: str) -> Iterator[Server]:
 def cluster(nodes: int = 3) -> Iterator[list[Server]]:
     """A cluster of masters, each with its share of the slots."""
     with contextlib.ExitStack() as stack:
-        servers = [
-            stack.enter_context(
-                running(
-                    *("--cluster-enabled", "yes", "--cluster-node-timeout", "2000"),
-                    *("--cluster-port", str(free_port())),
-                )
-            )
-            for _ in range(nodes)
-        ]
+        servers = [stack.enter_context(running(
+            *("--cluster-enabled", "yes", "--cluster-node-timeout", "2000"),
+            *("--cluster-port", str(free_port())),
+        )) for _ in range(nodes)]  # fmt: skip
         share = 16384 // nodes
         for number, server in enumerate(servers):
             last = 16383 if number == nodes - 1 else (number + 1) * share - 1

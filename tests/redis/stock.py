@@ -36,18 +36,9 @@ def value_of(
     fetched_at = time.time() if now is None else now
     observed = fetched_at if observed_at is None else observed_at
     return SnapshotValue(
-        key,
-        payload,
-        "test",
-        observed,
-        fetched_at,
-        0.0,
-        False,
-        False,
-        1.0,
-        authority_rank=rank,
+        key, payload, "test", observed, fetched_at, 0.0, False, False, 1.0, authority_rank=rank,
         dependency_versions={} if rests_on is None else rests_on,
-    )
+    )  # fmt: skip
 
 
 @asynccontextmanager

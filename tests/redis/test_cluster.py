@@ -88,14 +88,10 @@ async def test_one_builder_fetches_for_all(nodes: list[Server], prefix: str) -> 
         return dict.fromkeys(keys, 1)
 
     async with caches(nodes, prefix) as both:
-        builders = [
-            SnapshotBuilder(
-                [CallableBatchSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)],
-                cache=cache,
-                default_policy=POLICY,
-            )
-            for cache in both
-        ]
+        builders = [SnapshotBuilder(
+            [CallableBatchSource(name="s", priority=1, supports=lambda _: True, fetcher=fetch)],
+            cache=cache, default_policy=POLICY,
+        ) for cache in both]  # fmt: skip
         for builder in builders:
             assert len(await builder.build(KEYS)) == 60
         assert sum(calls) == 60

@@ -118,36 +118,22 @@ zones = st.sampled_from(
     [None, dt.timezone.utc, dt.timezone(dt.timedelta(hours=-3.5), "X"), ZoneInfo("Europe/Berlin")]
 )
 atoms = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(allow_nan=False),
-    st.text(st.characters(exclude_categories=["Cs"])),
-    st.binary(),
-    st.decimals(),
-    st.uuids(),
-    st.datetimes(timezones=zones),
-    st.dates(),
-    st.times(),
-    st.timedeltas(),
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False),
+    st.text(st.characters(exclude_categories=["Cs"])), st.binary(), st.decimals(), st.uuids(),
+    st.datetimes(timezones=zones), st.dates(), st.times(), st.timedeltas(),
     st.sampled_from([Side.SELL, Rights.READ | Rights.WRITE, Level.LOW, Point(1, 2), Money(3)]),
-)
+)  # fmt: skip
 hashable = st.recursive(
     atoms.filter(lambda each: not isinstance(each, Decimal) or not each.is_nan()),
     lambda inner: st.tuples(inner, inner) | st.frozensets(inner, max_size=3),
     max_leaves=4,
 )
-values = st.recursive(
-    atoms,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4),
-        st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=4),
-        st.dictionaries(hashable, inner, max_size=3),
-        st.sets(hashable, max_size=3),
-        st.tuples(inner, inner),
-    ),
-    max_leaves=20,
-)
+values = st.recursive(atoms, lambda inner: st.one_of(
+    st.lists(inner, max_size=4),
+    st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), inner, max_size=4),
+    st.dictionaries(hashable, inner, max_size=3), st.sets(hashable, max_size=3),
+    st.tuples(inner, inner),
+), max_leaves=20)  # fmt: skip
 
 
 @example([Unit.KILO, Whole("7")])
@@ -170,16 +156,13 @@ def test_a_struct_comes_back() -> None:
     assert CODEC.decode(CODEC.encode([Quote(1.5)])) == [Quote(1.5)]
 
 
-@pytest.mark.parametrize(
-    "value,place,name",
-    [
-        (object(), "value", "builtins.object"),
-        ({"a": [1, (2, object())]}, "value['a'][1][1]", "builtins.object"),
-        ({1: {2: 3j}}, "value[1][2]", "builtins.complex"),
-        (type("str", (str,), {})("x"), "value", "tests.redis.test_codec.str"),
-        ("half \ud800", "value", "builtins.str"),
-    ],
-)
+@pytest.mark.parametrize("value,place,name", [
+    (object(), "value", "builtins.object"),
+    ({"a": [1, (2, object())]}, "value['a'][1][1]", "builtins.object"),
+    ({1: {2: 3j}}, "value[1][2]", "builtins.complex"),
+    (type("str", (str,), {})("x"), "value", "tests.redis.test_codec.str"),
+    ("half \ud800", "value", "builtins.str"),
+])  # fmt: skip
 def test_an_unknown_type_is_refused_by_name_and_place(value: Any, place: str, name: str) -> None:
     with pytest.raises(UnstorableValueError) as caught:
         CODEC.encode(value)

@@ -190,14 +190,10 @@ async def test_a_hundred_values_are_one_round_trip(caches: Caches) -> None:
 def derived_in_steps(**more: Any) -> CallableDerivedSource:
     """Derives B from A, and C from B."""
     return CallableDerivedSource(
-        name="derived",
-        priority=1,
-        supports=lambda k: k != A,
-        dependencies=lambda k: [A if k == B else B],
-        deriver=lambda k, known, context: k.subject,
-        run_sync_in_thread=False,
-        **more,
-    )
+        name="derived", priority=1, supports=lambda k: k != A,
+        dependencies=lambda k: [A if k == B else B], deriver=lambda k, known, context: k.subject,
+        run_sync_in_thread=False, **more,
+    )  # fmt: skip
 
 
 def slow_to_write(cache: RedisCache, monkeypatch: pytest.MonkeyPatch) -> Gate:
@@ -762,13 +758,9 @@ async def test_a_call_that_finishes_late_keeps_its_lease_and_serves_all(caches: 
             return name
 
         return CallableSource(
-            name=name,
-            priority=1,
-            supports=lambda k: True,
-            fetcher=slow,
-            timeout_seconds=30.0,
+            name=name, priority=1, supports=lambda k: True, fetcher=slow, timeout_seconds=30.0,
             resilience_policy=SourceResiliencePolicy(finish_late=True),
-        )
+        )  # fmt: skip
 
     async with (
         caches(2) as [one, other],
@@ -930,22 +922,16 @@ async def test_a_loop_beside_the_first_is_refused(caches: Caches) -> None:
             await asyncio.to_thread(asyncio.run, read(cache))
 
 
-@pytest.mark.parametrize(
-    "arguments,match",
-    [
-        ({"client": object()}, "redis.asyncio.Redis"),
-        ({"prefix": "a*"}, "letters, digits"),
-        ({"prefix": ""}, "prefix"),
-        ({"time_limit_seconds": 0}, "above 0"),
-        ({"lease_seconds": -1}, "lease_seconds must be a finite number of at least 0.001"),
-        ({"lease_seconds": 0.0001}, "lease_seconds must be a finite number of at least 0.001"),
-        ({"lease_seconds": 1e10}, "lease_seconds .* of at most 1e"),
-        ({"max_lifetime_seconds": 1e-9}, "max_lifetime_seconds .* of at least 0.001"),
-        ({"max_lifetime_seconds": 1e300}, "max_lifetime_seconds .* of at most 1e"),
-        ({"near_entries": -1}, "near_entries"),
-        ({"codec": object()}, "codec"),
-    ],
-)
+@pytest.mark.parametrize("arguments,match", [
+    ({"client": object()}, "redis.asyncio.Redis"), ({"prefix": "a*"}, "letters, digits"),
+    ({"prefix": ""}, "prefix"), ({"time_limit_seconds": 0}, "above 0"),
+    ({"lease_seconds": -1}, "lease_seconds must be a finite number of at least 0.001"),
+    ({"lease_seconds": 0.0001}, "lease_seconds must be a finite number of at least 0.001"),
+    ({"lease_seconds": 1e10}, "lease_seconds .* of at most 1e"),
+    ({"max_lifetime_seconds": 1e-9}, "max_lifetime_seconds .* of at least 0.001"),
+    ({"max_lifetime_seconds": 1e300}, "max_lifetime_seconds .* of at most 1e"),
+    ({"near_entries": -1}, "near_entries"), ({"codec": object()}, "codec"),
+])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         RedisCache(**{"client": "redis://localhost", **arguments})
@@ -997,15 +983,12 @@ async def test_a_damaged_lease_stops_nobody(caches: Caches, server: Server, pref
         assert (await fulfil(other, await lease(other), "acquired")).stored
 
 
-@pytest.mark.parametrize(
-    "field, odd, reason",
-    [
-        ("version", "v" * 1_000, "its version takes more than 999 bytes"),
-        ("version", "\udcff", "half a surrogate pair"),
-        ("source", "caf\udce9", "half a surrogate pair"),
-        ("authority_rank", 2**64, "more than 64 bits"),
-    ],
-)
+@pytest.mark.parametrize("field, odd, reason", [
+    ("version", "v" * 1_000, "its version takes more than 999 bytes"),
+    ("version", "\udcff", "half a surrogate pair"),
+    ("source", "caf\udce9", "half a surrogate pair"),
+    ("authority_rank", 2**64, "more than 64 bits"),
+])  # fmt: skip
 async def test_provenance_that_cannot_be_told_is_refused_by_name(
     caches: Caches, field: str, odd: Any, reason: str
 ) -> None:

@@ -10,13 +10,9 @@ from coalestra.redis import scripts
 
 AS_IT_IS = KeyNormalizer(str, str, str, str, str)
 keys = st.builds(
-    ResourceKey,
-    st.text(min_size=1),
-    st.text(min_size=1),
-    st.text(),
-    st.dictionaries(st.text(min_size=1), st.text(), max_size=3),
-    normalizer=st.just(AS_IT_IS),
-)
+    ResourceKey, st.text(min_size=1), st.text(min_size=1), st.text(),
+    st.dictionaries(st.text(min_size=1), st.text(), max_size=3), normalizer=st.just(AS_IT_IS),
+)  # fmt: skip
 
 
 @given(keys)

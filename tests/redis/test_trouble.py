@@ -278,12 +278,9 @@ async def test_what_is_derived_in_a_cut_is_so_once_and_kept(server: Server, pref
         return snapshot[A].value
 
     derived = CallableDerivedSource(
-        name="derived",
-        priority=2,
-        supports=lambda key: key == B,
-        dependencies=lambda _: [A],
+        name="derived", priority=2, supports=lambda key: key == B, dependencies=lambda _: [A],
         deriver=derive,
-    )
+    )  # fmt: skip
     async with (
         a_process(server, prefix) as (_, cache, truth),
         SnapshotBuilder([truth.source, derived], cache=cache, default_policy=POLICY) as builder,
@@ -453,13 +450,9 @@ os._exit(0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_the_child_of_a_fork_is_told_to_make_its_own(server: Server) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FORKED, server.url],
-        env={**os.environ, "PYTHONPATH": str(SOURCE)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
+        [sys.executable, "-c", FORKED, server.url], env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
     served, refused = sorted(done.stdout.splitlines())
     assert served == "served"
     assert refused.startswith("this RedisCache, or its client, was made before the process was")

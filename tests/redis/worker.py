@@ -61,20 +61,12 @@ class Worker:
         self.fails = False
         self.heard = True
         sources: list[Any] = [
-            CallableBatchSource(
-                name="truth",
-                priority=1,
-                supports=lambda key: key.name == "number",
-                fetcher=self.fetch,
-            ),
-            CallableDerivedSource(
-                name="sum",
-                priority=1,
-                supports=lambda key: key.name == "sum",
+            CallableBatchSource(name="truth", priority=1, supports=lambda key: key.name == "number",
+                fetcher=self.fetch),
+            CallableDerivedSource(name="sum", priority=1, supports=lambda key: key.name == "sum",
                 dependencies=lambda key: [key_of(name) for name in key.subject.split("+")],
-                deriver=self.add,
-            ),
-        ]
+                deriver=self.add),
+        ]  # fmt: skip
         self.builder = SnapshotBuilder(
             sources, cache=self.cache, default_policy=POLICY, clock=ShiftedClock(offset)
         )

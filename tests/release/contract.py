@@ -27,11 +27,8 @@ FEATURES = {
     "sync_submission_backlog", "transactional_revalidation", "versioned_error_diagnostics",
 }  # fmt: skip
 SCHEMAS = {
-    "builder_health": 1,
-    "builder_health_assessment": 1,
-    "capabilities": 1,
-    "error_diagnostics": 1,
-}
+    "builder_health": 1, "builder_health_assessment": 1, "capabilities": 1, "error_diagnostics": 1,
+}  # fmt: skip
 DEFAULTS = {
     "allow_unsafe_blocking_sources": False,
     "buffer_observability": "auto",

@@ -70,16 +70,9 @@ def run(command: Sequence[str]) -> str:
     }
     environment["PYTHONPYCACHEPREFIX"] = str(ENVIRONMENTS / "pycache")
     done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        check=False,
-    )
+        command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", check=False,
+    )  # fmt: skip
     if done.returncode:
         raise CommandFailed(command, done.stdout)
     return done.stdout

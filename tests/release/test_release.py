@@ -120,12 +120,9 @@ def test_the_wheel_works_in_an_empty_environment(clean_python: Path, tmp_path: P
         "print(coalestra.__version__)"
     )
     done = subprocess.run(
-        [str(clean_python), "-I", "-W", "error", "-c", program],
-        cwd=tmp_path,
-        capture_output=True,
-        encoding="utf-8",
-        check=True,
-    )
+        [str(clean_python), "-I", "-W", "error", "-c", program], cwd=tmp_path, capture_output=True,
+        encoding="utf-8", check=True,
+    )  # fmt: skip
     assert done.stdout.strip() == VERSION
 
 
@@ -181,20 +178,17 @@ def test_a_version_is_the_same_in_all_places() -> None:
     assert compare(PROJECT, "1.2.3", CHANGELOG, "v1.2.3").endswith(", tagged v1.2.3")
 
 
-@pytest.mark.parametrize(
-    "changed,complaint",
-    [
-        ({"tag": "v1.2.4"}, "the tag v1.2.4 is not v1.2.3"),
-        ({"tag": "1.2.3"}, "the tag 1.2.3 is not v1.2.3"),
-        ({"package": "1.2.4"}, "coalestra.__version__ 1.2.4"),
-        ({"changelog": CHANGELOG.replace("1.2.3", "1.3.0")}, "not the newest dated section"),
-        ({"changelog": CHANGELOG.replace(" - 2026-01-31", "")}, "no date"),
-        ({"changelog": CHANGELOG.replace("2026-01-31", "2026-02-31")}, "no date"),
-        ({"changelog": CHANGELOG.replace("## [Unreleased]\n", "")}, r"not \[Unreleased\]"),
-        ({"pyproject": PROJECT.replace("1.2.3", "1.2")}, r"no version of the form X\.Y\.Z"),
-        ({"pyproject": PROJECT.replace("version", "dynamic")}, r"no version of the form X\.Y\.Z"),
-    ],
-)
+@pytest.mark.parametrize("changed,complaint", [
+    ({"tag": "v1.2.4"}, "the tag v1.2.4 is not v1.2.3"),
+    ({"tag": "1.2.3"}, "the tag 1.2.3 is not v1.2.3"),
+    ({"package": "1.2.4"}, "coalestra.__version__ 1.2.4"),
+    ({"changelog": CHANGELOG.replace("1.2.3", "1.3.0")}, "not the newest dated section"),
+    ({"changelog": CHANGELOG.replace(" - 2026-01-31", "")}, "no date"),
+    ({"changelog": CHANGELOG.replace("2026-01-31", "2026-02-31")}, "no date"),
+    ({"changelog": CHANGELOG.replace("## [Unreleased]\n", "")}, r"not \[Unreleased\]"),
+    ({"pyproject": PROJECT.replace("1.2.3", "1.2")}, r"no version of the form X\.Y\.Z"),
+    ({"pyproject": PROJECT.replace("version", "dynamic")}, r"no version of the form X\.Y\.Z"),
+])  # fmt: skip
 def test_versions_that_disagree_are_named(changed: dict[str, str], complaint: str) -> None:
     said = {"pyproject": PROJECT, "package": "1.2.3", "changelog": CHANGELOG, **changed}
     with pytest.raises(Disagreement, match=complaint):

@@ -118,15 +118,12 @@ def test_whatever_happens_a_probe_is_the_only_one_and_half_open(steps: list[str 
         assert not figures.half_open_probe_active or figures.state is HALF_OPEN
 
 
-@pytest.mark.parametrize(
-    "identity,text",
-    [
-        (CircuitIdentity("rest", CircuitScope.SOURCE), "rest"),
-        (CircuitIdentity("rest", CircuitScope.SUBJECT, "BTC"), "rest:subject:BTC"),
-        (CircuitIdentity("rest", CircuitScope.SUBJECT, ("app", "size")), "rest:subject:app:size"),
-        (CircuitIdentity("rest", CircuitScope.SUBJECT), "rest:subject"),
-    ],
-)
+@pytest.mark.parametrize("identity,text", [
+    (CircuitIdentity("rest", CircuitScope.SOURCE), "rest"),
+    (CircuitIdentity("rest", CircuitScope.SUBJECT, "BTC"), "rest:subject:BTC"),
+    (CircuitIdentity("rest", CircuitScope.SUBJECT, ("app", "size")), "rest:subject:app:size"),
+    (CircuitIdentity("rest", CircuitScope.SUBJECT), "rest:subject"),
+])  # fmt: skip
 def test_an_identity_reads_as_source_scope_and_part(identity: CircuitIdentity, text: str) -> None:
     """The scope of the whole source goes without saying."""
     assert str(identity) == text

@@ -269,15 +269,12 @@ async def test_a_call_from_before_a_reset_does_not_open_the_circuit_again() -> N
     assert await breaker.state_for("rest") is CircuitState.CLOSED
 
 
-@pytest.mark.parametrize(
-    "scope,one,other",
-    [
-        (CircuitScope.RESOURCE, ResourceKey("a", "b:c"), ResourceKey("a", "b", "c")),
-        (CircuitScope.RESOURCE, ResourceKey("a:b", "c"), ResourceKey("a", "b:c")),
-        (CircuitScope.SUBJECT, ResourceKey("a", "b:c"), ResourceKey("a:b", "c")),
-        (CircuitScope.SUBJECT, ResourceKey("a", "b"), ResourceKey("x", "y", "a:b")),
-    ],
-)
+@pytest.mark.parametrize("scope,one,other", [
+    (CircuitScope.RESOURCE, ResourceKey("a", "b:c"), ResourceKey("a", "b", "c")),
+    (CircuitScope.RESOURCE, ResourceKey("a:b", "c"), ResourceKey("a", "b:c")),
+    (CircuitScope.SUBJECT, ResourceKey("a", "b:c"), ResourceKey("a:b", "c")),
+    (CircuitScope.SUBJECT, ResourceKey("a", "b"), ResourceKey("x", "y", "a:b")),
+])  # fmt: skip
 async def test_keys_that_read_alike_have_circuits_of_their_own(
     scope: CircuitScope, one: ResourceKey, other: ResourceKey
 ) -> None:
