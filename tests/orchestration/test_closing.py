@@ -316,6 +316,26 @@ async def test_a_cancellation_wins_over_an_error_of_closing(end: str) -> None:
     await building.wait_for_observability_shutdown()
 
 
+@pytest.mark.parametrize("end", [LookupError, asyncio.CancelledError])
+async def test_an_end_of_the_block_wins_over_what_is_no_ordinary_exception_of_a_managed_part(
+    end: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    class Panicking(Single):
+        def close(self) -> None:
+            raise Panic("cannot close")
+
+    with pytest.raises(end):
+        async with builder(Panicking("k"), manage_lifecycle=True):
+            raise end
+    assert f"closing failed after {end.__name__}: cannot close" in caplog.text
+    with pytest.raises(Panic):
+        async with builder(Panicking("k"), manage_lifecycle=True):
+            pass
+
+
 @pytest.mark.parametrize("at", ["cache_access_total", "singleflight_join_total"])
 async def test_a_sink_that_closes_the_builder_in_a_step_leaves_nothing_under_way(at: str) -> None:
     """As an eager task does, whose first step is taken where it is made."""

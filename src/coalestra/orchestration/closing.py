@@ -50,14 +50,17 @@ Stage = Callable[[float], Awaitable[object]]
 
 _ATTEMPTS = 10
 
+_MEANT_FOR_THE_BLOCK = (*PROGRAM_ENDS, asyncio.CancelledError, GeneratorExit)
+"""What ends a block that is being closed, whatever it raises itself."""
+
 
 @contextlib.contextmanager
 def gives_way(error: BaseException | None) -> Iterator[None]:
     """Log what goes wrong in closing, instead of raising it, if a block raises `error` already."""
     try:
         yield
-    except Exception as closing_error:
-        if error is None:
+    except BaseException as closing_error:
+        if error is None or isinstance(closing_error, _MEANT_FOR_THE_BLOCK):
             raise
         logging.getLogger("coalestra").warning(
             "closing failed after %s: %s", type(error).__name__, closing_error
