@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -223,6 +224,28 @@ async def test_a_session_with_pins_joins_much_that_is_under_way_in_linear_time()
     gate = Gate()
     few = await joining(100)
     assert await joining(400) < 6 * few
+
+
+async def test_a_session_joins_what_many_sessions_wait_for_as_soon_as_what_one_waits_for() -> None:
+    gate, count, taken = Gate(), 600, list[int]()
+    shop = Shop()
+    shop.middle.before = gate.pass_
+    sessions = [await shop.session(OTHER) for _ in range(count)]
+    joined = [await begun(sessions.pop().resolve([TOP]))]
+    tracemalloc.start()
+    try:
+        for session in sessions:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            joined.append(asyncio.ensure_future(session.resolve([TOP])))
+            await settle()
+            taken.append(tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        tracemalloc.stop()
+    assert min(taken[-40:]) < 2 * min(taken[:40])  # no copy of what is known of the others
+    gate.open()
+    assert {shown(await each)[TOP] for each in joined} == {((1,),)}
+    await no_leaks(shop.builder)
 
 
 async def test_a_stale_value_made_from_what_is_pinned_stands_in_for_one_that_fails() -> None:

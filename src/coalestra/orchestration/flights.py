@@ -560,7 +560,7 @@ class Gather:
     agreed: tuple[int, int] | None = None
     told: int = 0
     alone: dict[Gather, bool] | None = None
-    under: Mapping[int, Pins] = EMPTY
+    under: dict[int, Pins] = EMPTY
     pins_beneath: bool = False
     below: dict[ResourceKey, Reading] | None = None
 
@@ -614,6 +614,13 @@ class Gather:
         """Return what it has read, and what it has yet to be handed that is known already."""
         ended = [each.settlement for each in self.pending if isinstance(each, Flight)]
         return [*self.readings.values(), *[each for each in ended if each is not None]]
+
+    def serve(self, those: Mapping[int, Pins]) -> None:
+        """Serve those pins as well, each of them by its identity."""
+        if self.under:
+            self.under.update(those)
+        else:
+            self.under = dict(those)
 
     def trace_flight(self, flight: Flight, *, joined: bool) -> None:
         """Note for the trace of its work, if there is one, that it waits for a flight."""

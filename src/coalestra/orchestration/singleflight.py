@@ -1040,7 +1040,7 @@ class SingleFlight:
         for each in flight.waiters if flight.pins is None else ():
             if each.base or each.under:
                 its = {id(each.base): each.base} if each.base else each.under
-                gather.under = {**gather.under, **its}
+                gather.serve(its)
         gather.renews = link.inherits and any(
             each.refresh or each.renews for each in flight.waiters
         )
@@ -1157,7 +1157,7 @@ class SingleFlight:
                         at = above[at]
                     return way
         for gather in told:
-            gather.under = {**gather.under, id(pins): pins}
+            gather.serve({id(pins): pins})
         return []
 
     def _derive_apart(self, gather: Gather, flight: Flight, way: Collection[ResourceKey]) -> None:
