@@ -62,8 +62,6 @@ _WRITE = "cache write"
 
 _T = TypeVar("_T")
 
-_I = TypeVar("_I")
-
 
 class NearCache:
     """Any cache, with its values kept in memory as well: a warm read waits for nothing.
@@ -139,7 +137,6 @@ _FAILURES_IN_A_ROW = 5
 _RECOVERY_SECONDS = 5.0
 _MOST_ROUNDS = 8
 _ANY_AGE = FreshnessPolicy(math.inf, math.inf)
-_ALL: Final = "all keys"
 _READS: Final = ("get", "get of many", "lease_many")
 _MANY: Final = {
     "get": "get_many",
@@ -303,12 +300,9 @@ class CacheCalls:
 
         Raises what the cache raised, or why it was not asked.
         """
-        results, failures = await self._calls(
-            operation, (_ALL,), lambda _: call(), insist, None if patient else self.seconds
-        )
-        if not failures:
-            return results[_ALL]
-        error = failures.pop(_ALL)
+        result, error = await self._call(operation, call, insist=insist, patient=patient)
+        if error is None:
+            return cast(_T, result)
         try:
             raise error
         finally:
@@ -338,13 +332,6 @@ class CacheCalls:
         if task.cancelled():
             return task, asyncio.CancelledError()
         return task, task.exception() if task.done() else CacheTimeoutError(seconds or 0)
-
-    async def stats(self) -> Any | None:
-        """Return what the cache says of itself; None if it says nothing, or fails to."""
-        if not has(self.cache, "stats"):
-            return None
-        task, error = await self.made(self.cache.stats, self.seconds)
-        return task.result() if error is None else None
 
     def tell(self, operation: str, failures: Mapping[ResourceKey, Exception]) -> None:
         """Report failures that the library goes on without; refusals are only counted."""
@@ -406,48 +393,67 @@ class CacheCalls:
                 return {}, dict.fromkeys(items, error)
             except Exception:
                 pass  # which of them it was is found out
-        return await self._calls(method, items, one, insist, self.seconds)
+        return await self._each(method, items, one, insist)
 
-    async def _calls(
+    async def _each(
         self,
         operation: str,
-        items: Collection[_I],
-        call: Callable[[_I], Awaitable[_T]],
+        items: Collection[ResourceKey],
+        call: Callable[[ResourceKey], Awaitable[Any]],
         insist: bool,
-        seconds: float | None,
-    ) -> tuple[dict[_I, _T], dict[_I, Exception]]:
-        """Make a call for every item, so many at a time as the limit says, in their order.
+    ) -> tuple[dict[ResourceKey, Any], Failures]:
+        """Make a call for every item, so many at a time as the limit says, in their order."""
+        results: dict[ResourceKey, Any] = {}
+        failures: Failures = {}
+        rest, free = iter(items), self.limit if insist else 0
+
+        async def work() -> None:
+            nonlocal free
+            for key in rest:
+                free -= 1
+                made = partial(call, key)
+                result, error = await self._call(operation, made, insist=free >= 0)
+                if error is None:
+                    results[key] = result
+                else:
+                    failures[key] = error
+
+        workers = min(self.limit, len(items))
+        await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
+        failures = {key: failures[key] for key in items if key in failures}
+        return {key: results[key] for key in items if key in results}, failures
+
+    async def _call(
+        self,
+        operation: str,
+        call: Callable[[], Awaitable[_T]],
+        *,
+        insist: bool,
+        patient: bool = False,
+    ) -> tuple[_T, None] | tuple[None, Exception]:
+        """Make a call if the cache is not left alone; return what it answers, or why it failed.
 
         Nothing is raised but the caller's own cancellation.
         """
         now, name = asyncio.get_running_loop().time, type(self.cache).__name__
         kind = "read" if operation in _READS else "write"
-        results: dict[_I, _T] = {}
-        failures: dict[_I, Exception] = {}
-        rest, free = iter(items), self.limit if insist else 0
-
-        async def work() -> None:
-            nonlocal free
-            for item in rest:
-                free -= 1
-                if free < 0 and not self._guards_itself and not self._circuits[kind].admits(now()):
-                    failures[item] = CacheCircuitOpenError(
-                        f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is "
-                        f"left alone for up to {_RECOVERY_SECONDS:g} s"
-                    )
-                    continue
-                self._counts["calls"] += 1
-                task, error = await self.made(partial(call, item), seconds)
-                self._note(kind, error, now())
-                if error is None:
-                    results[item] = task.result()
-                else:
-                    failures[item] = _as_exception(error, operation, name)
-
-        workers = min(self.limit, len(items))
-        await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
-        failures = {item: failures[item] for item in items if item in failures}
-        return {item: results[item] for item in items if item in results}, failures
+        if not (insist or self._guards_itself or self._circuits[kind].admits(now())):
+            return None, CacheCircuitOpenError(
+                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is "
+                f"left alone for up to {_RECOVERY_SECONDS:g} s"
+            )
+        self._counts["calls"] += 1
+        task, error = await self.made(call, None if patient else self.seconds)
+        self._note(kind, error, now())
+        if error is None:
+            return task.result(), None
+        if not isinstance(error, Exception):
+            cause = error
+            error = CacheUnavailableError(
+                f"{operation} of {name} ended in {type(error).__qualname__}"
+            )
+            error.__cause__ = cause
+        return None, error
 
     def _note(self, kind: str, error: BaseException | None, now: float) -> None:
         """Count how a call ended."""
@@ -474,14 +480,6 @@ def _said(cache: Any, name: str) -> Any:
         return getattr(cache, name, None)
     except Exception:
         return None
-
-
-def _as_exception(error: BaseException, operation: str, name: str) -> Exception:
-    if isinstance(error, Exception):
-        return error
-    own = CacheUnavailableError(f"{operation} of {name} ended in {type(error).__qualname__}")
-    own.__cause__ = error
-    return own
 
 
 def _usable(lookup: object, key: ResourceKey) -> SnapshotValue[Any] | None:
@@ -598,7 +596,6 @@ class Filling:
     """One reading or writing under way, and how many changes there had been when it began."""
 
     began: int
-    void: bool = False
 
 
 class Channel:
@@ -674,7 +671,7 @@ class Channel:
         try:
             yield filling
         finally:
-            del self._fillings[filling]
+            self._fillings.pop(filling, None)
             oldest = next(iter(self._fillings), Filling(self._changes)).began
             while self._changed and next(iter(self._changed.values()))[0] <= oldest:
                 self._changed.popitem(last=False)
@@ -690,7 +687,8 @@ class Channel:
     def _allows(self, filling: Filling, revision: Revision) -> bool:
         """Whether a revision may still be put in."""
         number, version = self._changed.get(revision.key, (0, None))
-        return not filling.void and (number <= filling.began or version == revision.version)
+        unchanged = number <= filling.began or version == revision.version
+        return unchanged and filling in self._fillings
 
     def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
         """Keep what was read or written, unless it has changed since."""
@@ -719,8 +717,7 @@ class Channel:
         if not self._serves:
             return
         stored = [current for status, current, _ in outcomes if status is _STORED]
-        certain = {each.key: self._allows(filling, each) for each in stored}
-        self.drop({each.key: each.version if certain[each.key] else None for each in stored})
+        self.drop({e.key: e.version if self._allows(filling, e) else None for e in stored})
         self.put(filling, [current for _, current, _ in outcomes])
 
     def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
@@ -747,8 +744,7 @@ class Channel:
 
     def missed(self) -> None:
         """Learn that anything may have changed."""
-        for filling in self._fillings:
-            filling.void = True
+        self._fillings.clear()  # whatever they have read may be old
         self._due.clear()
         self.on_their_way.clear()
         self.store.clear()
@@ -756,15 +752,7 @@ class Channel:
 
 
 _channels: weakref.WeakValueDictionary[tuple[int, int], Channel] = weakref.WeakValueDictionary()
-
-
-def channel_of(cache: AsyncCache, loop: asyncio.AbstractEventLoop) -> Channel:
-    """Return the channel of ``cache`` on ``loop``; it lives while somebody uses it."""
-    identity = (id(cache), id(loop))
-    channel = _channels.get(identity)
-    if channel is None:
-        channel = _channels[identity] = Channel(cache, loop)
-    return channel
+"""By cache and event loop, while somebody uses it."""
 
 
 # The view ----------------------------------------------------------------------------------------
@@ -857,7 +845,9 @@ class CacheAccess:
                 channel.listeners.unsubscribe(self.subscribers)
                 for theirs in (self._tasks, self.calls.left_behind, self._giving_back):
                     theirs.clear()  # they end by themselves
-            self._channel = channel = channel_of(self.cache, loop)
+            identity = (id(self.cache), id(loop))
+            self._channel = channel = _channels.get(identity) or Channel(self.cache, loop)
+            _channels[identity] = channel
             channel.listeners.subscribe(self.subscribers)
             channel.store.tolerate(self.tolerance)
         return channel
@@ -893,7 +883,12 @@ class CacheAccess:
 
     async def stats(self) -> Any | None:
         """Return what the cache says of itself; None if it says nothing, or fails to."""
-        return await self.calls.stats() if self.store is None else self.store.stats()
+        if self.store is not None:
+            return self.store.stats()
+        if not has(self.cache, "stats"):
+            return None
+        task, error = await self.calls.made(self.calls.cache.stats, self.calls.seconds)
+        return task.result() if error is None else None
 
     # Reading ------------------------------------------------------------------------------------
 
@@ -984,7 +979,6 @@ class CacheAccess:
         ``force`` asks for leases in any case; versions ``unlike`` these are of no use.
         """
         channel = self.channel()
-        ahead = now - channel.loop.time()  # it may take long
         rest = dict.fromkeys(keys)
         if not (force or unlike):
             waiting = channel.waiting
@@ -994,12 +988,12 @@ class CacheAccess:
             for each in held:
                 del rest[each.key]
             yield {each.key: Answer(each) for each in held}
-        unlike, rounds = unlike or {}, 0
-        while rest and rounds < _MOST_ROUNDS:  # it may call one value by ever new versions
-            rounds += 1
+        unlike, ahead = unlike or {}, now - channel.loop.time()
+        for _ in range(_MOST_ROUNDS):  # it may call one value by ever new versions
+            if not rest:
+                return
             unfit = dict(unlike)
-            moment = ahead + channel.loop.time()
-            asking = self._leased(rest, moment, policies, force, unfit)
+            asking = self._leased(rest, ahead, policies, force, unfit)
             async with contextlib.aclosing(asking):
                 async for answers in asking:
                     yield answers
@@ -1009,18 +1003,18 @@ class CacheAccess:
     async def _leased(
         self,
         rest: dict[ResourceKey, None],
-        now: float,
+        ahead: float,
         policies: Policies,
         force: bool,
         unfit: dict[ResourceKey, str],
     ) -> AsyncGenerator[Mapping[ResourceKey, Answer], None]:
         """Give what the cache answers for the ``rest`` of the keys.
 
-        What has come and is of no use is added to ``unfit``, to be asked for again.
+        What has come and is of no use is added to ``unfit``, to be asked for again. The clock of
+        who asks is so much ``ahead`` of the loop's: it may take long.
         """
         channel = self.channel()
-        ahead = now - channel.loop.time()
-        arrived, gone, ended = list[Mapping[ResourceKey, LeasedLookup]](), False, False
+        arrived, gone = list[Mapping[ResourceKey, LeasedLookup]](), False
 
         async def next_part() -> Mapping[ResourceKey, LeasedLookup] | None:
             part = await anext(asking, None)  # which may come when nobody waits any more
@@ -1036,13 +1030,16 @@ class CacheAccess:
         with channel.filling() as filling:
             try:
                 asking = self.calls.cache.lease_many(
-                    tuple(rest), now=now, policies=policies, force=force, unlike=dict(unfit) or None
+                    tuple(rest),
+                    now=ahead + channel.loop.time(),
+                    policies=policies,
+                    force=force,
+                    unlike=dict(unfit) or None,
                 )
                 first = True
                 while rest:
                     part = await self.calls.once("lease_many", next_part, patient=not first)
                     if part is None:
-                        ended = True
                         break
                     first = False
                     moment = ahead + channel.loop.time()
@@ -1057,7 +1054,7 @@ class CacheAccess:
             finally:
                 gone = True
                 self._give_back_all_of(arrived)
-                if not ended and running_loop() is channel.loop:  # else the collector does so
+                if running_loop() is channel.loop:  # else the collector does so
                     self._behind(self.calls.made(close, self.calls.seconds))
             if rest:
                 yield dict.fromkeys(rest, Answer(None))

@@ -28,7 +28,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from itertools import count, islice
 from operator import attrgetter
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from coalestra.concurrency.pace import Slices, portions
 from coalestra.core.keys import ResourceKey
@@ -288,17 +288,14 @@ async def with_all_below(
         every.update(level)
 
 
-class Held:
+class Held(NamedTuple):
     """What is held of keys, in their order, to be replaced; None of those of which nothing is.
 
     It `was` so when the store had counted that. `known` may be let go of bit by bit.
     """
 
-    __slots__ = ("known", "was")
-
-    def __init__(self, was: tuple[int, ...]) -> None:
-        self.known: list[Revision | None] = []
-        self.was: tuple[int, ...] = was
+    was: tuple[int, ...]
+    known: list[Revision | None]
 
 
 class EntryStore:
@@ -491,7 +488,7 @@ class EntryStore:
         Return what they replace, for ``put_many`` to do so in little time, or None: some of it
         stays, is derived, or there is nothing to replace.
         """
-        get, horizon, held = self._entries.get, now + self.tolerance, Held(self.state)
+        get, horizon, held = self._entries.get, now + self.tolerance, Held(self.state, [])
         if self._entries.keys().isdisjoint(revisions.keys()):
             return None
         for part in portions(revisions.values(), _KEYS_PER_SLICE):
