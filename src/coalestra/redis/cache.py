@@ -429,7 +429,7 @@ class RedisCache:
             for key, age in ages.items()
         )
         shared = token, self._lease_ms, _plain(now)
-        moment, answers = await self._run(scripts.READ, await self._calls(wanted), *shared)
+        moment, answers = await self._timed(scripts.READ, wanted, *shared)
         found: dict[ResourceKey, _Entry] = {}
         pace = Pace()
         _all(answers, "the shared cache could not be read")
@@ -459,9 +459,11 @@ class RedisCache:
         while part := tuple(islice(left, 1 if self._server.is_cluster else _KEYS_IN_ONE_STEP)):
             yield part
 
-    async def _run(self, script: str, calls: list[Call], *shared: Any) -> tuple[float, list[Any]]:
+    async def _timed(
+        self, script: str, items: Iterable[tuple[Any, ...]], *shared: Any
+    ) -> tuple[float, list[Any]]:
         """Run a script that answers with its time first; return that, and one answer per name."""
-        moment, found = 0.0, []
+        calls, moment, found = await self._calls(items), 0.0, []
         answers = await self._server.run(script, calls, *shared, timed=True)
         for call, answer in zip(calls, answers, strict=True):
             if isinstance(answer, Exception):
@@ -734,13 +736,12 @@ class RedisCache:
         And the versions of what cannot be read, and has stayed nevertheless.
         """
         versions = [value.version for value in offered.values()]
-        calls = await self._calls(items.items())
         # Who writes knows what he wrote, unless he does not know whether he did.
         self._own.update(dict.fromkeys(versions))
         while len(self._own) > _MOST_OWN:
             self._own.popitem(last=False)
         try:
-            moment, answers = await self._run(scripts.WRITE, calls, self._channel)
+            moment, answers = await self._timed(scripts.WRITE, items.items(), self._channel)
         except BaseException:
             for version in versions:
                 self._own.pop(version, None)
@@ -866,11 +867,14 @@ class _Question:
         self, keys: Collection[ResourceKey], token: str, known: dict[ResourceKey, LeasedLookup]
     ) -> list[ResourceKey]:
         """Ask once; enter what needs no waiting, and return what has to be asked once more."""
-        now = self.ahead + time.monotonic()
+        now, ages = self.ahead + time.monotonic(), dict[ResourceKey, float]()
         for key in keys:
             self._news.pop(key, None)
             self._left.pop(key, None)
-        ages = {key: _servable_age(self.policies[key]) for key in keys}
+            # Up to which age a reader takes what is stored, and nobody needs acquire it.
+            policy = self.policies[key]
+            takes_stale = policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE
+            ages[key] = policy.max_stale_seconds if takes_stale else policy.ttl_seconds
         found = await self.cache.ask(ages, now, self.mode, {**self.unlike, **self._unfit}, token)
         values = {
             key: entry.value
@@ -908,13 +912,6 @@ def _all(answers: list[Any], failed: str) -> list[Any]:
         if isinstance(answer, Exception):
             raise SharedCacheUnavailableError(f"{failed}: {explained(answer)}") from answer
     return answers
-
-
-def _servable_age(policy: FreshnessPolicy) -> float:
-    """Return the age up to which a reader takes what is stored, and nobody needs acquire it."""
-    if policy.refresh_mode is RefreshMode.STALE_WHILE_REVALIDATE:
-        return policy.max_stale_seconds
-    return policy.ttl_seconds
 
 
 def _plain(seconds: float) -> str:

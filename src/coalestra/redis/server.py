@@ -34,7 +34,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from itertools import compress, count, islice
+from itertools import count, islice
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from redis import exceptions
@@ -152,8 +152,7 @@ class Server:
         is told before these until when it is waited for, and answers first with its time, both by
         the server's clock.
         """
-        send = self._send_timed if timed else self._send
-        answers = await self._limited(lambda: send(script, calls, shared))
+        answers = await self._limited(lambda: self._send(script, calls, shared, timed))
         for each in answers:
             if isinstance(each, Exception):
                 self.last_error = explained(each)
@@ -205,20 +204,13 @@ class Server:
         offset, error, _ = self._offset
         return repr(time.time() + offset + error + self.time_limit_seconds)
 
-    async def _send_timed(
-        self, script: str, calls: Sequence[Call], shared: tuple[Any, ...]
+    async def _send(
+        self, script: str, calls: Sequence[Call], shared: tuple[Any, ...], timed: bool
     ) -> list[Any]:
-        sent = time.time()
-        answers = await self._send(script, calls, (self._latest(), *shared))
-        answered = time.time()
-        for each in answers:
-            if not isinstance(each, Exception):
-                self._note_clock(float(each[0]), sent, answered)
-                break
-        return answers
-
-    async def _send(self, script: str, calls: Sequence[Call], shared: tuple[Any, ...]) -> list[Any]:
         text, digest = whole(script)
+        sent = time.time()
+        if timed:
+            shared = (self._latest(), *shared)
         for left in reversed(range(_CLOSED_CONNECTIONS)):
             try:
                 answers = await self._pipelined("EVALSHA", digest, calls, shared)
@@ -226,20 +218,20 @@ class Server:
             except exceptions.ConnectionError as error:
                 if not left or isinstance(error, exceptions.AuthenticationError):
                     raise
-        unknown = [isinstance(each, exceptions.NoScriptError) for each in answers]
-        if any(unknown):
+        unknown = [n for n, e in enumerate(answers) if isinstance(e, exceptions.NoScriptError)]
+        if unknown:
             # A server that is new, or was started again: nothing has been run yet.
-            again = list(compress(calls, unknown))
-            more = iter(await self._pipelined("EVAL", text, again, shared))
-            answers = [
-                next(more) if isinstance(each, exceptions.NoScriptError) else each
-                for each in answers
-            ]
+            again = await self._pipelined("EVAL", text, [calls[n] for n in unknown], shared)
+            for n, answer in zip(unknown, again, strict=True):
+                answers[n] = answer
         client: Any = self.client
         if not self.is_cluster and any(isinstance(e, exceptions.ReadOnlyError) for e in answers):
             # Its name may by now be that of another server, to which a new connection leads.
             await client.connection_pool.disconnect(inuse_connections=False)
             self._demoted()
+        clocks = [each[0] for each in answers if timed and not isinstance(each, Exception)]
+        if clocks:
+            self._note_clock(float(clocks[0]), sent, time.time())
         return answers
 
     async def _pipelined(
@@ -541,19 +533,24 @@ class News:
     async def _keep(self) -> None:
         failed = 0
         while True:
+            line = self._line = _Line(self.channel.encode(), self.heard)
             try:
-                await self._listen()
+                await self._listen(line)
                 failed = 0
             except Exception as error:
                 self.last_error = f"{type(error).__name__}: {explained(error)}"
                 failed += 1
                 self._settle_first()
             finally:
-                self._end_line()
+                self._line = None
+                line.close()
+                if self.connected:
+                    self.connected = False
+                    self.lost += self._task is not None
+                    self.missed()
             await asyncio.sleep(_PAUSES[min(failed, len(_PAUSES) - 1)])
 
-    async def _listen(self) -> None:
-        line = self._line = _Line(self.channel.encode(), self.heard)
+    async def _listen(self, line: _Line) -> None:
         await _within(_CONNECT_SECONDS, self._open(line), "no subscription")
         self.connected = True
         self.missed()
@@ -595,15 +592,6 @@ class News:
     def _settle_first(self) -> None:
         if self._first is not None and not self._first.done():
             self._first.set_result(None)
-
-    def _end_line(self) -> None:
-        line, self._line = self._line, None
-        if line is not None:
-            line.close()
-        if self.connected:
-            self.connected = False
-            self.lost += self._task is not None
-            self.missed()
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, _T], missing: str) -> _T:
