@@ -36,7 +36,7 @@ from coalestra.core.frozen import FrozenDict, record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import EventSink, MetricsSink
 from coalestra.core.request import SnapshotAcceptanceViolation
-from coalestra.core.snapshot import SnapshotDiagnostics
+from coalestra.core.snapshot import Snapshot, SnapshotDiagnostics
 from coalestra.core.validation import readable
 from coalestra.core.values import Revision
 
@@ -828,20 +828,14 @@ class Reporter:
 
     # Builds and sessions as a whole, and the policies they must meet ---------------------------
 
-    def snapshot_built(
-        self,
-        snapshot_id: str,
-        diagnostics: SnapshotDiagnostics,
-        *,
-        build_failed: bool,
-        strict: bool,
-    ) -> None:
+    def snapshot_built(self, snapshot: Snapshot, *, build_failed: bool, strict: bool) -> None:
         """Report a finished build; the counts of keys are those of its diagnostics."""
+        diagnostics = snapshot.diagnostics
         status = self._count_status("snapshot_build_total", not build_failed)
         self.observe("snapshot_build_latency_ms", diagnostics.duration_ms, status=status)
         self.tell(
             "snapshot_built",
-            snapshot_id=snapshot_id,
+            snapshot_id=snapshot.snapshot_id,
             resources=diagnostics.requested_resources,
             resolved=diagnostics.resolved_resources,
             failed=diagnostics.failed_resources,

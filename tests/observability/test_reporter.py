@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from coalestra.core.keys import ResourceKey
-from coalestra.core.snapshot import SnapshotDiagnostics
+from coalestra.core.snapshot import Snapshot, SnapshotDiagnostics
 from coalestra.observability import NullEventSink, NullMetrics, Reporter, reporter_for
 from tests.observability.recording import Raising, Recorder
 
@@ -65,7 +65,8 @@ def test_a_text_of_a_class_of_the_applications_is_told_as_plain_text() -> None:
 def test_the_diagnostics_of_an_event_are_json_and_read_like_the_snapshots() -> None:
     sink = Recorder()
     diagnostics = SnapshotDiagnostics(resolved_resources=2, source_calls_by_source={"a": 1})
-    reporter(NullMetrics(), sink).snapshot_built("id", diagnostics, build_failed=False, strict=True)
+    snapshot = Snapshot("id", 0.0, {}, diagnostics=diagnostics)
+    reporter(NullMetrics(), sink).snapshot_built(snapshot, build_failed=False, strict=True)
     payload = sink.events[0].payload
     told = payload["diagnostics"]
     assert json.loads(json.dumps(payload))["diagnostics"]["source_calls_by_source"] == {"a": 1}

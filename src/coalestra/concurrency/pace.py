@@ -110,6 +110,7 @@ class Pace:
 
     async def through(self, slices: Slices[T]) -> T:
         """Do what is done in slices, resting between them if it is time to; return the result."""
+        self.begin()
         while True:
             try:
                 next(slices)

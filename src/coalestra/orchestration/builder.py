@@ -446,7 +446,7 @@ class SnapshotBuilder(BuilderArguments):
         if warm is not None:
             return warm
         opened = (terms or Terms.of(self._engine, None, None, None)).open(snapshot_id)
-        return await opened.resolve(wanted, strict=strict)
+        return sessions.accepted(*await opened.answer(wanted, strict=strict))
 
     def _open_work(self) -> Work:
         return Terms.of(self._engine, None, None, None).open().work

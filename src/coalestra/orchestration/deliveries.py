@@ -173,8 +173,7 @@ class Deliveries:
         Raises:
             PayloadIsolationError: one of them cannot be copied.
         """
-        copies = self.at_hand(readings, _DEPENDENCY)
-        values, errors = copies or await self.values(readings, None, _DEPENDENCY)
+        values, errors = await self.values(readings, None, _DEPENDENCY)
         if errors:
             raise next(iter(errors.values()))
         inputs = snapshot_of(context.snapshot_id, context.requested_at, values)
@@ -192,6 +191,8 @@ class Deliveries:
         copied when `deadline` strikes has that for its error. Ages are those of the moment when
         all has been copied.
         """
+        if (copies := self.at_hand(readings, context)) is not None:
+            return copies
         opened: list[Any] = []
         errors: dict[ResourceKey, Exception] = {}
         large: list[tuple[int, ResourceKey, Revision]] = []
@@ -384,8 +385,7 @@ class WarmReads:
             report.tell("snapshot_started", kind="build", snapshot_id=made.snapshot_id)
             at_once(report.warm_hits(keys, made.snapshot_id))
             if strict is not None:
-                told = made.snapshot_id, made.diagnostics
-                report.snapshot_built(*told, build_failed=False, strict=strict)
+                report.snapshot_built(made, build_failed=False, strict=strict)
         return made
 
     def readings(self, work: Work, keys: Collection[ResourceKey]) -> dict[ResourceKey, Reading]:

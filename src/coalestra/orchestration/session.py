@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, cast, overload
@@ -97,94 +97,79 @@ class UnitOfWork:
     requested: dict[ResourceKey, None] = field(default_factory=dict)
     pins: Pins = field(default_factory=Pins)
     failures: dict[ResourceKey, Failure] = field(default_factory=dict)
-    _undelivered: bool = False  # whether the deadline left no time to copy anything
 
-    async def resolve(
-        self, keys: Mapping[ResourceKey, None], *, strict: bool, retry_errors: bool = False
-    ) -> Snapshot:
-        """Return a snapshot of all that was asked for so far; if `strict`, each key has a value."""
-        return accepted(*await self._decided(keys, None, strict, retry_errors))
-
-    def answer(
-        self, request: SnapshotRequest, retry_errors: bool = False
-    ) -> Coroutine[Any, Any, Decided]:
-        """Return what comes of a request: a snapshot of all that was asked for so far."""
-        return self._decided(dict.fromkeys(request.keys), request, True, retry_errors)
-
-    async def _decided(
+    async def answer(
         self,
-        keys: Mapping[ResourceKey, None],
-        request: SnapshotRequest | None,
-        strict: bool,
-        retry_errors: bool,
+        asked: Mapping[ResourceKey, None] | SnapshotRequest,
+        *,
+        strict: bool = True,
+        retry_errors: bool = False,
     ) -> Decided:
-        """Settle further keys, and report how that went.
+        """Settle further keys, or those of a request, and report how that went.
 
         Return the snapshot of all that was asked for so far, and what speaks against it, by the
         rules of a request if it is for one, or what kept it from being made.
         """
+        request = asked if isinstance(asked, SnapshotRequest) else None
+        keys = dict.fromkeys(asked.keys) if isinstance(asked, SnapshotRequest) else asked
         parts = self.engine.parts
         report, clock = parts.report, parts.clock
         began = 0.0 if report is None else clock.monotonic()
-        snapshot, succeeded, error = None, False, None
+        snapshot, error, failing = None, None, True
         try:
             with self.stage("resolve" if self.lasting else "build", len(keys)) as stage:
-                snapshot = await self._settled(keys, retry_errors)
-                errors = self._failed_of(keys, snapshot)
-                failed = len(errors)
-                stage.resolved, stage.failed = len(keys) - failed, failed
+                snapshot, uncopied = await self._settled(keys, retry_errors)
+                errors = snapshot.errors
+                if errors and len(keys) < len(self.requested):
+                    errors = {key: each for key, each in errors.items() if key in keys}
+                stage.resolved, stage.failed = resolved, failed = (
+                    len(keys) - len(errors),
+                    len(errors),
+                )
                 try:
                     if request is not None:
                         error = await objection(parts, request, snapshot)
                     elif strict and errors:
-                        partly = None if self._undelivered else snapshot
-                        error = SnapshotBuildError(errors, snapshot=partly)
-                    succeeded = error is None
+                        late = not len(snapshot) and cut_short(uncopied)
+                        error = SnapshotBuildError(errors, snapshot=None if late else snapshot)
+                    failing = error is not None
                     if self.work.trace is not None:  # else the stage is everybody's, and stays
                         stage.error = error
                 finally:
-                    told = snapshot.snapshot_id
                     if report is not None and self.lasting:
                         report.session_resolved(
-                            succeeded=succeeded,
+                            succeeded=not failing,
                             latency_ms=(clock.monotonic() - began) * 1000.0,
-                            snapshot_id=told,
+                            snapshot_id=snapshot.snapshot_id,
                             requested=len(keys),
-                            resolved=len(keys) - failed,
+                            resolved=resolved,
                             failed=failed,
                             total_resources=len(self.requested),
                             strict=strict,
                             retry_errors=retry_errors,
                         )
                     elif report is not None:
-                        how = {"build_failed": not succeeded, "strict": strict}
-                        report.snapshot_built(told, snapshot.diagnostics, **how)
+                        report.snapshot_built(snapshot, build_failed=failing, strict=strict)
         except Exception as raised:
             return snapshot, raised
         return snapshot, error
-
-    def _failed_of(
-        self, keys: Mapping[ResourceKey, None], snapshot: Snapshot
-    ) -> Mapping[ResourceKey, Exception]:
-        errors = snapshot.errors
-        if not errors or len(keys) == len(self.requested):  # nothing else was ever asked for
-            return errors
-        return {key: error for key, error in errors.items() if key in keys}
 
     def stage(self, name: str, keys: int) -> AbstractContextManager[StageLog]:
         """Return what notes, if anybody wants it, that the block is a stage for so many keys."""
         trace = self.work.trace
         return _UNNOTED if trace is None else trace.stage(name, keys, self.work.variables)
 
-    async def _settled(self, keys: Mapping[ResourceKey, None], retry_errors: bool) -> Snapshot:
-        """Settle every key that is not settled yet; return all that was asked for so far."""
+    async def _settled(
+        self, keys: Mapping[ResourceKey, None], retry_errors: bool
+    ) -> tuple[Snapshot, Mapping[ResourceKey, Exception]]:
+        """Settle every key that is not settled yet; return what `snapshot` does."""
         engine, work, warm = self.engine, self.work, self.engine.warm_reads
         if not self.lasting and warm.likely(keys):
             values = await warm.values(work, keys)
             if values is not None:
                 engine.require_open()
                 self.requested.update(keys)
-                return self.assembled(values, EMPTY)
+                return self.assembled(values, EMPTY), EMPTY
         found: Mapping[ResourceKey, Reading] = EMPTY
         wanted, struck = keys, False
         if self.pins or self.failures:
@@ -204,9 +189,7 @@ class UnitOfWork:
         else:
             engine.require_open()
             self._pin(found, EMPTY)  # what is looked up at once is not derived
-        snapshot, uncopied = await self.snapshot(None if struck else work.deadline)
-        self._undelivered = not len(snapshot) and cut_short(uncopied)
-        return snapshot
+        return await self.snapshot(None if struck else work.deadline)
 
     def _keep(self, gather: Gather) -> None:
         """Take over what a gather has come to, in the very step in which it was complete."""
@@ -274,8 +257,7 @@ class UnitOfWork:
         trace = self.work.trace
         with _UNNOTED if trace is None else trace.delivering(len(readings)):
             deliveries = self.engine.flights.deliveries
-            copies = deliveries.at_hand(readings) or await deliveries.values(readings, deadline)
-        values, uncopied = copies
+            values, uncopied = await deliveries.values(readings, deadline)
         if uncopied and cut_short(uncopied):
             parts = self.engine.parts
             parts.counters.deadline_exceeded_count += 1
@@ -334,8 +316,7 @@ async def together(engine: Engine, crowd: Crowd, strict: bool) -> Snapshot:
         await told
     finally:
         engine.leave(crowd, told)
-    copies = crowd.copies(engine.flights.deliveries)
-    values, errors = copies or await engine.flights.deliveries.values(crowd.readings, None)
+    values, errors = await crowd.copies(engine.flights.deliveries)
     if crowd.failures:
         errors.update({failure.key: failure.make() for failure in crowd.failures.values()})
     counted = {"duration_ms": (clock.monotonic() - began) * 1000, **_JOINED}
@@ -407,16 +388,13 @@ class Terms(NamedTuple):
             snapshot = self.at_hand(request.keys, snapshot_id, strict=None)
         if snapshot is None:
             return None
-        parts, succeeded = self.engine.parts, False
+        parts, failing = self.engine.parts, True
         try:
             error = await objection(parts, request, snapshot)
-            succeeded = error is None
-        except Exception as raised:
-            return snapshot, raised
+            failing = error is not None
         finally:
             if parts.report is not None:
-                told = snapshot.snapshot_id, snapshot.diagnostics
-                parts.report.snapshot_built(*told, build_failed=not succeeded, strict=True)
+                parts.report.snapshot_built(snapshot, build_failed=failing, strict=True)
         return snapshot, error
 
     def for_another(self) -> Terms:
@@ -456,27 +434,29 @@ def _own(metadata: Mapping[str, Any]) -> FrozenDict[str, Any]:
 async def objection(parts: Parts, request: SnapshotRequest, snapshot: Snapshot) -> Exception | None:
     """Return what speaks against a snapshot: what it lacks, then consistency, then acceptance.
 
-    Both policies are reported on, as far as they are asked.
+    Both policies are reported on, as far as they are asked; what one of them raises counts as well.
     """
     report, required, optional = parts.report, request.required, request.optional
     failed = {key: e for key, e in snapshot.errors.items() if request.is_required(key)}
     if failed:
         return SnapshotBuildError(failed, snapshot=snapshot)
-    if request.consistency_policy is not None:
-        found = inconsistency_of(request.consistency_policy, required, optional, snapshot)
-        if report is not None:
-            report.consistency_judged(snapshot.snapshot_id, found)
-        if found is not None:
-            return found
-    if request.acceptance_policy is not None:
-        policy, now = request.acceptance_policy, parts.clock.now()
-        judged = violations_of(policy, required, optional, snapshot, now, parts.policies)
-        parts.pace.begin()
-        violations = await parts.pace.through(judged)
-        if report is not None:
-            report.acceptance_judged(snapshot.snapshot_id, violations)
-        if violations:
-            return await parts.pace.through(not_accepted(violations, snapshot))
+    try:
+        if request.consistency_policy is not None:
+            found = inconsistency_of(request.consistency_policy, required, optional, snapshot)
+            if report is not None:
+                report.consistency_judged(snapshot.snapshot_id, found)
+            if found is not None:
+                return found
+        if request.acceptance_policy is not None:
+            policy, now = request.acceptance_policy, parts.clock.now()
+            judged = violations_of(policy, required, optional, snapshot, now, parts.policies)
+            violations = await parts.pace.through(judged)
+            if report is not None:
+                report.acceptance_judged(snapshot.snapshot_id, violations)
+            if violations:
+                return await parts.pace.through(not_accepted(violations, snapshot))
+    except Exception as raised:
+        return raised
     return None
 
 
@@ -503,7 +483,6 @@ def result_of(
 
 
 K = TypeVar("K")
-T = TypeVar("T")
 P = ParamSpec("P")
 
 Requests = Mapping[Any, SnapshotRequest] | Iterable[SnapshotRequest]
@@ -550,22 +529,22 @@ async def several(
     integer("max_concurrency", max_concurrency, minimum=1, optional=True)
     limit = parts.max_pending_tasks if max_concurrency is None else max_concurrency
     results: dict[Any, Any] = dict.fromkeys(named)
-    left = dict(named)
-    if known is not None:
-        for name, request in named.items():
-            decided = await known(request)
+
+    async def work(
+        way: Callable[[SnapshotRequest], Awaitable[Decided | None]],
+        rest: Iterable[tuple[Any, SnapshotRequest]],
+    ) -> None:
+        for name, request in rest:
+            decided = await way(request)
             if decided is not None:
                 results[name] = result_of(request, *decided)
-                del left[name]
-            await parts.pace.keep()
-    rest = iter(left.items())
-
-    async def work() -> None:
-        for name, request in rest:
-            results[name] = result_of(request, *await attempt(request))
             await parts.pace.keep()  # many that wait for nothing would hold the event loop
 
-    await all_or_none(work() for _ in range(min(limit, len(left))))
+    if known is not None:
+        await work(known, named.items())
+    left = [name for name, result in results.items() if result is None]
+    rest = iter([(name, named[name]) for name in left])
+    await all_or_none(work(attempt, rest) for _ in range(min(limit, len(left))))
     return FrozenDict(results) if isinstance(requests, Mapping) else tuple(results.values())
 
 
@@ -632,7 +611,7 @@ class SnapshotSession:
         flag("strict", strict)
         flag("retry_errors", retry_errors)
         named = distinct_keys("keys", keys)
-        return await self._unit.resolve(named, strict=strict, retry_errors=retry_errors)
+        return accepted(*await self._unit.answer(named, strict=strict, retry_errors=retry_errors))
 
     async def resolve_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -647,7 +626,7 @@ class SnapshotSession:
         self._require_open()
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
-        return accepted(*await self._unit.answer(request, retry_errors))
+        return accepted(*await self._unit.answer(request, retry_errors=retry_errors))
 
     async def try_request(
         self, request: SnapshotRequest, *, retry_errors: bool = False
@@ -661,7 +640,7 @@ class SnapshotSession:
         instance("request", request, SnapshotRequest)
         flag("retry_errors", retry_errors)
         self._unit.engine.enter()
-        return result_of(request, *await self._unit.answer(request, retry_errors))
+        return result_of(request, *await self._unit.answer(request, retry_errors=retry_errors))
 
     @in_same_form
     async def try_requests(
@@ -678,7 +657,7 @@ class SnapshotSession:
         return await several(
             engine.parts,
             requests,
-            lambda request: self._unit.answer(request, retry_errors),
+            lambda request: self._unit.answer(request, retry_errors=retry_errors),
             max_concurrency,
         )
 
@@ -792,13 +771,11 @@ class Revalidation:
     _affected: Mapping[ResourceKey, None] = field(default_factory=empty)
     _loose: Mapping[ResourceKey, None] = field(default_factory=empty)
     _readings: dict[ResourceKey, Reading] = field(default_factory=dict)
-    _failures: dict[ResourceKey, Failure] = field(default_factory=dict)
     _next: dict[ResourceKey, Reading] = field(default_factory=dict)
     _stamp: tuple[int, ...] = ()
     _committed: bool = False
     _failed: int = 0
     _violated: type[BaseException] | None = None
-    _span: Any = None
 
     async def run(self, turn: Turn) -> Snapshot:
         """Wait for the turn, replace what is named, and report how it went."""
@@ -806,9 +783,8 @@ class Revalidation:
         counters.revalidation_attempt_count += 1
         try:
             with self.unit.stage("revalidate", len(self.named)) as stage:
-                self._span = stage.span
                 try:
-                    return await self._in_turn(turn)
+                    return await self._in_turn(turn, stage.span)
                 finally:
                     stage.resolved = len(self.named) * self._committed
                     stage.failed = self._failed
@@ -819,12 +795,12 @@ class Revalidation:
             counters.revalidation_failure_count += not self._committed
             self._report()
 
-    async def _in_turn(self, turn: Turn) -> Snapshot:
+    async def _in_turn(self, turn: Turn, span: Any) -> Snapshot:
         errors = await self._wait_for(turn)
         if errors:
             return await self._retained(errors)
         try:
-            return await self._replaced(turn)
+            return await self._replaced(turn, span)
         finally:
             turn.stage = None
             turn.release()
@@ -869,23 +845,25 @@ class Revalidation:
         text = "the deadline passed while another revalidation of the session was under way"
         return {key: SnapshotDeadlineExceededError(text) for key in self.named}
 
-    async def _replaced(self, turn: Turn) -> Snapshot:
+    async def _replaced(self, turn: Turn, span: Any) -> Snapshot:
+        through = self.unit.engine.parts.pace.through
         while True:
             self._stamp = self._state()
-            turn.stage = await self._through(self._plan(dict(self.unit.pins)))
-            await self.unit.engine.run(turn.stage)
-            if self._failures:
-                return await self._retained(await self.unit.errors(self._failures.values()))
+            stage = turn.stage = await through(self._plan(dict(self.unit.pins)))
+            stage.span = span
+            await self.unit.engine.run(stage)
+            self._readings = stage.readings
+            if stage.failures:
+                return await self._retained(await self.unit.errors(stage.failures.values()))
             if not await self._goes_with_all():
                 continue  # nor may it be shown as what was turned down
             failed = self.unit.failed()
-            shown = await self._through(self._shown())
+            shown = await through(self._shown())
             values, uncopied = await self.unit.copies(shown, self.unit.work.deadline)
             if uncopied:
                 return await self._undelivered(uncopied)
             failed = [each for each in failed if each.key not in self._next]
-            errors = await self.unit.errors(failed) if failed else EMPTY
-            snapshot = self.unit.assembled(values, errors)
+            snapshot = self.unit.assembled(values, await self.unit.errors(failed))
             if self.request is not None:
                 accepted(snapshot, await objection(self.unit.engine.parts, self.request, snapshot))
             visible = self._visible(snapshot)
@@ -908,9 +886,7 @@ class Revalidation:
         yield
         kept = Pins(self._left(pins), demand)
         yield
-        stage = Stage(self.unit.work, self._wanted(), kept, self._take, demand)
-        stage.span = self._span
-        return stage
+        return Stage(self.unit.work, self._wanted(), kept, lambda _: None, demand)
 
     def _left(self, pins: Mapping[ResourceKey, Reading]) -> dict[ResourceKey, Reading]:
         """Return `pins` without all that goes."""
@@ -918,10 +894,6 @@ class Revalidation:
         for key in (*self._affected, *self._loose):
             left.pop(key, None)
         return left
-
-    def _take(self, gather: Gather) -> None:
-        self._readings = gather.readings
-        self._failures = gather.failures
 
     def _wanted(self) -> Mapping[ResourceKey, None]:
         """Return the affected keys that somebody has asked for; the rest is read if needed."""
@@ -954,22 +926,18 @@ class Revalidation:
 
     async def _goes_with_all(self) -> bool:
         """Take in what has been pinned meanwhile; False if that does not go with what was read."""
-        await self.unit.engine.parts.pace.keep()
+        pace = self.unit.engine.parts.pace
+        await pace.keep()
         while (stamp := self._state()) != self._stamp:
             pins = dict(self.unit.pins)
             reached = readings.reach(pins, self.unit.requested.copy(), self.named)
-            if await self._through(reached) != (self._affected, self._loose):
+            if await pace.through(reached) != (self._affected, self._loose):
                 return False
-            if await self._through(readings.at_odds(self._readings, self._left(pins))):
+            if await pace.through(readings.at_odds(self._readings, self._left(pins))):
                 return False
-            await self._through(self._succeed(pins))
+            await pace.through(self._succeed(pins))
             self._stamp = stamp
         return True
-
-    def _through(self, slices: Slices[T]) -> Coroutine[Any, Any, T]:
-        pace = self.unit.engine.parts.pace
-        pace.begin()
-        return pace.through(slices)
 
     def _state(self) -> tuple[int, ...]:
         """Return what changes with everything that the session pins, replaces or makes visible."""

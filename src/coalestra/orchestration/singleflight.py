@@ -1791,8 +1791,8 @@ class Crowd(Stage):
             self._agenda.leave_room(len(part))
             yield
 
-    def copies(self, deliveries: Deliveries) -> Copies | None:
-        """Return what one of them gets, at once; None if that takes more.
+    async def copies(self, deliveries: Deliveries) -> Copies:
+        """Return what one of them gets.
 
         The first of those who were woken together copies a trifle for all of these.
 
@@ -1806,7 +1806,7 @@ class Crowd(Stage):
                 self._made = deliveries.alike(reading, min(len(self.tasks) + 1, _WOKEN_AT_ONCE))
             if self._made:
                 return FrozenDict({key: self._made.pop()}), {}
-        return deliveries.at_hand(self.readings)
+        return await deliveries.values(self.readings, None)
 
 
 @dataclass(slots=True, eq=False)
