@@ -172,17 +172,12 @@ class Closing:
 
     async def _end_copies(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
-        copies, active = self.engine.parts.copies, {}
-        copies.close()
-        if left := await copies.drain(seconds):
-            active[copies.component] = left
-        if self.cache is not None:
+        end, active = loop.time() + seconds, dict[str, int]()
+        for close in self._copying():
             try:
-                left_seconds = max(0.0, end - loop.time())
-                await self.cache.aclose_payload_copies(timeout_seconds=left_seconds)
+                await close(timeout_seconds=max(0.0, end - loop.time()))
             except errors.PayloadCopyShutdownTimeoutError as error:
-                active["cache"] = error.active_copies
+                active.update(error.active_components)
         if active:
             raise errors.PayloadCopyShutdownTimeoutError(
                 timeout_seconds=seconds, active_components=active
@@ -264,10 +259,14 @@ class Closing:
 
     async def wait_for_copies(self) -> None:
         """Wait until no copy of a closed builder is running."""
-        if self.engine.closed:
-            await self.engine.parts.copies.drain(None)
-            if self.cache is not None:
-                await self.cache.aclose_payload_copies(timeout_seconds=None)
+        for close in self._copying() if self.engine.closed else ():
+            await close(timeout_seconds=None)
+
+    def _copying(self) -> Iterator[Callable[..., Awaitable[None]]]:
+        """Yield what ends the copying of each component."""
+        yield self.engine.parts.copies.aclose
+        if self.cache is not None:
+            yield self.cache.aclose_payload_copies
 
     async def wait_for_observability(self) -> None:
         """Wait until the buffers of a closed builder are empty and managed sinks closed."""

@@ -484,6 +484,3 @@ class WarmReads:
         work.record.cache_batch_reads += 1
         if self._parts.report is not None:
             yield from self._parts.report.warm_hits(keys, work.context.snapshot_id)
-
-    def __repr__(self) -> str:
-        return f"<WarmReads of {self._parts.access!r}>"

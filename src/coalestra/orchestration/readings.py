@@ -49,9 +49,6 @@ class Reading:
             noted = self._joined = Reading(self.revision, None, *told)
         return noted
 
-    def __repr__(self) -> str:
-        return f"<Reading {self.revision.key} from_cache={self.from_cache} stale={self.stale}>"
-
 
 @dataclass(slots=True, eq=False, repr=False)
 class Failure:
@@ -96,19 +93,10 @@ class Failure:
         return cls(key, make)
 
     @classmethod
-    def unwanted(cls, key: ResourceKey) -> Failure:
-        """Return the failure of a key that was given up."""
-        text = f"{key.display} was given up: nobody waits for it"
+    def given_up(cls, key: ResourceKey, why: str = "nobody waits for it") -> Failure:
+        """Return the failure of a key that was given up, and why."""
+        text = f"{key.display} was given up: {why}"
         return cls(key, lambda: errors.SourceUnavailableError(text))
-
-    @classmethod
-    def never_agrees(cls, key: ResourceKey) -> Failure:
-        """Return the failure of a derived key whose inputs do not stand still."""
-        text = "could not be derived in agreement with the rest: its dependencies kept changing"
-        return cls(key, lambda: errors.SourceUnavailableError(f"{key.display} {text}"))
-
-    def __repr__(self) -> str:
-        return f"<Failure {self.key.display}: {self.make()}>"
 
 
 @dataclass(slots=True, eq=False)

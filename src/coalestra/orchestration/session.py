@@ -300,9 +300,6 @@ class UnitOfWork:
             None if trace is None else trace.recorded(values, errors),
         )
 
-    def __repr__(self) -> str:
-        return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
-
 
 _JOINED = dict.fromkeys(("cache_misses", "cache_batch_reads", "coalesced_requests"), 1)
 """What each of those who wait together counts."""
@@ -991,7 +988,3 @@ class Revalidation:
             consistency_failed=self._violated is SnapshotConsistencyError,
             acceptance_failed=self._violated is SnapshotAcceptanceError,
         )
-
-    def __repr__(self) -> str:
-        state = "committed" if self._committed else "open"
-        return f"<Revalidation {state} named={len(self.named)} of {self.unit!r}>"

@@ -832,7 +832,7 @@ class SingleFlight:
 
     def _drop(self, flight: Flight) -> None:
         gather = flight.gather
-        self.settle(flight, Failed(Failure.unwanted(flight.key)))
+        self.settle(flight, Failed(Failure.given_up(flight.key)))
         if gather is not None:
             self.abandon(gather)
 
@@ -1474,7 +1474,8 @@ class SingleFlight:
         for key in odd:
             del gather.readings[key]
         if gather.rounds > len(gather.keys) + _SPARE_ROUNDS:
-            gather.failures.update((key, Failure.never_agrees(key)) for key in odd)
+            why = "what it is derived from kept changing"
+            gather.failures.update((key, Failure.given_up(key, why)) for key in odd)
             self._check(gather)
             return
         gather.settle_pins()
@@ -2248,7 +2249,7 @@ class Engine:
                 call.work_off(steps)
             await self.flights.agenda.finish()
         for flight in self.flights.publications.forget():
-            self.flights.settle(flight, Failed(Failure.unwanted(flight.key)))
+            self.flights.settle(flight, Failed(Failure.given_up(flight.key)))
         running |= await self.parts.access.drain(until - now())
         left: dict[str, int] = {}
         for task in running:
