@@ -171,6 +171,20 @@ async def test_the_owner_may_refuse_further_publications() -> None:
             await work
 
 
+async def test_the_values_of_one_publication_are_copied_side_by_side() -> None:
+    """As many at a time as there may be; each copier waits for the other here, in and out."""
+    meeting = threading.Barrier(2, timeout=20)
+
+    def copier(value: Any) -> Any:
+        meeting.wait()
+        return copy.deepcopy(value)
+
+    threaded = {"payload_copier": copier, "run_payload_copies_in_thread": True}
+    publisher = standalone(AsyncMemoryCache(), **threaded, max_copy_concurrency=2)
+    results = await publisher.publish_many([ResourceUpdate(k, [k.name], "s") for k in (A, B)])
+    assert [results[key].value.value for key in (A, B)] == [[A.name], [B.name]]
+
+
 async def test_closing_names_copies_that_are_late() -> None:
     Slow.release.clear()
     publisher = standalone(AsyncMemoryCache())

@@ -11,7 +11,7 @@ from coalestra.cache.access import CacheAccess, Terms
 from coalestra.cache.memory import open_value, show_value
 from coalestra.cache.store import Outcome, best_per_key
 from coalestra.concurrency.copying import PayloadCopier, PayloadCopies
-from coalestra.concurrency.pace import Pace
+from coalestra.concurrency.pace import Pace, side_by_side
 from coalestra.concurrency.sealing import PORTION
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.frozen import EMPTY, FrozenDict, filled
@@ -150,12 +150,16 @@ class _Results(Mapping[ResourceKey, PublishResult]):
                 report(offered, outcome)
                 await pace.keep()
         direct, became = self.copies.is_direct, self.outcomes.items()
-        for offered in [each for each, what in became if not (direct and _is_trifle(what))]:
+
+        async def show(offered: Revision) -> None:
             # What was replaced is let go one by one.
             outcome, policy = self.outcomes.pop(offered), self.policy_of(offered.key)
             self.results[offered] = await _result(self.copies, offered, outcome, policy, self.now)
             del outcome
             await pace.keep()
+
+        large = [each for each, what in became if not (direct and _is_trifle(what))]
+        await side_by_side(large, show, self.copies.max_concurrency)
 
     def __getitem__(self, key: ResourceKey) -> PublishResult:
         offered = self.offered[key]
@@ -423,6 +427,10 @@ class ResourcePublisher(PublisherArguments):
             flag("replace_equal", replace_equal)
         return self._now()
 
+    async def _seal(self, revision: Revision) -> None:
+        sealed = await self._access.copies.seal(revision.payload, context=_IN)
+        revision.payload, revision.seal = sealed
+
     async def _publish(
         self,
         keys: Collection[ResourceKey],
@@ -443,13 +451,12 @@ class ResourcePublisher(PublisherArguments):
             judged.append(revision)
             if common is None:
                 policies[revision.key] = policy_for(self.policy_resolver, revision.key)
-            if revision.seal is None:
-                sealed = await access.copies.seal(revision.payload, context=_IN)
-                revision.payload, revision.seal = sealed
-            weighed += revision.seal.weight
+            weighed += 0 if revision.seal is None else revision.seal.weight
             if weighed >= PORTION:
                 weighed = 0
                 await pace.keep()
+        slow = [each for each in judged if each.seal is None]
+        await side_by_side(slow, self._seal, access.copies.max_concurrency)
         best = best_per_key(judged)
         await pace.keep()
         moment = self._now()

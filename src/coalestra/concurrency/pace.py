@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from coalestra._endings import running_loop
 
@@ -35,6 +36,45 @@ def portions(items: Collection[T], size: int) -> Iterable[Collection[T]]:
         return (items,)
     rest = iter(items)
     return iter(lambda: tuple(islice(rest, size)), ())
+
+
+async def side_by_side(
+    several: Collection[T], do: Callable[[T], Awaitable[object]], limit: int
+) -> None:
+    """Do something with each of several, begun in order, no more than so many at a time."""
+    rest = iter(several)
+
+    async def work() -> None:
+        for each in rest:
+            await do(each)
+
+    await all_or_none(work() for _ in range(min(limit, len(several))))
+
+
+async def all_or_none(coroutines: Iterable[Any]) -> None:
+    """Run coroutines side by side; if one fails or the caller is cancelled, end all and wait.
+
+    What one fails with is raised when all have ended, so a `GeneratorExit` cannot cut that short.
+    """
+    tasks: list[asyncio.Task[Any]] = []
+    try:
+        tasks.extend(asyncio.ensure_future(each) for each in coroutines)
+        if tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    except GeneratorExit:  # it is closed, and cannot wait
+        with contextlib.suppress(RuntimeError):  # their loop is closed as well
+            while tasks:
+                tasks.pop().cancel()
+        tasks.clear()
+        raise
+    finally:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True) if tasks else []
+    errors = [each for each in ended if isinstance(each, BaseException)]
+    errors.sort(key=lambda error: isinstance(error, asyncio.CancelledError))  # the culprit first
+    for error in errors:
+        raise error
 
 
 class Pace:

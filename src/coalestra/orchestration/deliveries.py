@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from coalestra.cache.store import EntryStore
 from coalestra.concurrency.copying import OFFLOADED
 from coalestra.concurrency.deadline import Deadline
-from coalestra.concurrency.pace import Pace, Slices, at_once, portions
+from coalestra.concurrency.pace import Pace, Slices, at_once, portions, side_by_side
 from coalestra.concurrency.sealing import PORTION, Seal
 from coalestra.core.errors import (
     PayloadCopySubsystemClosedError,
@@ -247,20 +245,18 @@ class Deliveries:
         errors: dict[ResourceKey, Exception],
     ) -> None:
         """Copy large payloads with as many workers as there are threads for it."""
-        rest = iter(large)
 
-        async def work() -> None:
-            for index, key, revision in rest:
-                opened[index] = _FAILED
-                try:
-                    opened[index] = await self._copies.open(
-                        revision.payload, revision.seal, context=context, deadline=deadline
-                    )
-                except (PayloadIsolationError, SnapshotDeadlineExceededError) as error:
-                    errors[key] = error
+        async def copy(one: tuple[int, ResourceKey, Revision]) -> None:
+            index, key, revision = one
+            opened[index] = _FAILED
+            try:
+                opened[index] = await self._copies.open(
+                    revision.payload, revision.seal, context=context, deadline=deadline
+                )
+            except (PayloadIsolationError, SnapshotDeadlineExceededError) as error:
+                errors[key] = error
 
-        workers = min(len(large), self._copies.max_concurrency)
-        await all_or_none(work() for _ in range(workers))
+        await side_by_side(large, copy, self._copies.max_concurrency)
 
     def _presented(
         self, reading: Reading, payload: Any, context: str, now: float
@@ -287,32 +283,6 @@ class Deliveries:
                 return redated(value, at)
         age = age if age > 0.0 else 0.0
         return revision.presented(payload, metadata, age, stale, reading.from_cache)
-
-
-async def all_or_none(coroutines: Iterable[Any]) -> None:
-    """Run coroutines side by side; if one fails or the caller is cancelled, end all and wait.
-
-    What one fails with is raised when all have ended, so a `GeneratorExit` cannot cut that short.
-    """
-    tasks: list[asyncio.Task[Any]] = []
-    try:
-        tasks.extend(asyncio.ensure_future(each) for each in coroutines)
-        if tasks:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    except GeneratorExit:  # it is closed, and cannot wait
-        with contextlib.suppress(RuntimeError):  # their loop is closed as well
-            while tasks:
-                tasks.pop().cancel()
-        tasks.clear()
-        raise
-    finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True) if tasks else []
-    errors = [each for each in ended if isinstance(each, BaseException)]
-    errors.sort(key=lambda error: isinstance(error, asyncio.CancelledError))  # the culprit first
-    for error in errors:
-        raise error
 
 
 _KEYS_BETWEEN_LOOKS = 512

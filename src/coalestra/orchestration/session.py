@@ -31,7 +31,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, c
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.pace import Slices
+from coalestra.concurrency.pace import Slices, all_or_none
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyCycleError,
@@ -60,7 +60,6 @@ from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.validation import flag, instance, integer, number, shown, text, wrong_type
 from coalestra.core.values import SnapshotValue, new_id
 from coalestra.orchestration import readings
-from coalestra.orchestration.deliveries import all_or_none
 from coalestra.orchestration.flights import (
     LOOK_SECONDS,
     Gather,
