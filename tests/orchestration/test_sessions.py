@@ -504,3 +504,22 @@ async def test_stages_side_by_side_agree_on_what_derived_keys_rest_on() -> None:
     await asyncio.gather(first, second)
     values = shown(await session.resolve([BASE]))
     assert values[key("left")] == values[key("right")] == (values[BASE],)
+
+
+async def test_a_key_whose_inputs_never_stand_still_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(singleflight, "_SPARE_ROUNDS", -9)
+    gate = Gate()
+    stock = Stock("stock", {"base": 1})
+    left = Derived("left", needs=lambda _: [BASE], before=gate.pass_)
+    building = builder(stock, left, Derived("right", needs=lambda _: [BASE]))
+    session = building.session()
+    first = asyncio.ensure_future(session.resolve([key("left")], strict=False))
+    await gate.wait_arrived()
+    await building.publisher.publish(BASE, 2, source="stream", observed_at=EPOCH + 1)
+    await session.resolve([key("right")])
+    gate.open()
+    error = (await first).error_for(key("left"))
+    assert "kept changing" in str(error)
+    assert shown(await session.snapshot_async()) == {key("right"): (2,)}
