@@ -263,7 +263,7 @@ async def test_publishing_many_events_gives_the_loop_turns(monkeypatch: pytest.M
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     for updates in (numbered(10 * PORTION, lambda n: n), numbered(10, lambda n: (n, [[n]]))):
         turns = await turns_for(standalone(AsyncMemoryCache()), updates)
-        assert turns == pytest.approx(10 + 2 + 10 * (len(updates) == 10), abs=2)
+        assert 10 + 4 * (len(updates) == 10) <= turns <= 14 + 10 * (len(updates) == 10)
 
 
 @pytest.mark.parametrize("value", [1.5, {"price": "1"}, [[1], [2]]])
@@ -356,7 +356,7 @@ async def test_results_keep_no_cache_alive() -> None:
 async def test_copying_out_for_long_gives_the_loop_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     publisher = standalone(AsyncMemoryCache())
-    assert await turns_for(publisher, numbered(10, lambda n: [[n]])) == pytest.approx(22, abs=2)
+    assert 14 <= await turns_for(publisher, numbered(10, lambda n: [[n]])) <= 24  # fewer if eager
     turns = await turns_for(publisher, numbered(10, lambda n: n))
     assert turns == pytest.approx(12, abs=2), "previous ones count"
 
