@@ -358,7 +358,7 @@ async def test_copying_out_for_long_gives_the_loop_turns(monkeypatch: pytest.Mon
     publisher = standalone(AsyncMemoryCache())
     assert 14 <= await turns_for(publisher, numbered(10, lambda n: [[n]])) <= 24  # fewer if eager
     turns = await turns_for(publisher, numbered(10, lambda n: n))
-    assert turns == pytest.approx(12, abs=2), "previous ones count"
+    assert 5 <= turns <= 14, "previous ones count"
 
 
 async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
