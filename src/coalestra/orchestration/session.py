@@ -121,10 +121,9 @@ class UnitOfWork:
                 errors = snapshot.errors
                 if errors and len(keys) < len(self.requested):
                     errors = {key: each for key, each in errors.items() if key in keys}
-                stage.resolved, stage.failed = resolved, failed = (
-                    len(keys) - len(errors),
-                    len(errors),
-                )
+                failed = len(errors)
+                resolved = len(keys) - failed
+                stage.resolved, stage.failed = resolved, failed
                 try:
                     if request is not None:
                         error = await objection(parts, request, snapshot)
