@@ -20,7 +20,7 @@ from coalestra.core.values import PublishStatus, ResourceUpdate, SnapshotValue
 from coalestra.observability import InMemoryMetrics
 from tests.contracts.caches import ALL, BatchAtomicCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, value_of
-from tests.support import ManualClock
+from tests.support import ManualClock, ThreadGate, begun
 
 
 class Events:
@@ -135,6 +135,25 @@ async def test_undated_events_at_one_time_count_in_order_of_arrival(cache: Async
     results = await publisher.publish_many([ResourceUpdate(A, number, "s") for number in (7, 8)])
     assert results[A].published
     assert await payload_in(cache) == 8
+
+
+async def test_of_undated_events_at_one_time_the_one_that_began_last_counts(
+    cache: AsyncCache,
+) -> None:
+    """Though another one that began before it was copied only after it had been written."""
+    gate = ThreadGate()
+
+    def copier(value: Any) -> Any:
+        if value == "first":
+            gate.pass_()
+        return value
+
+    publisher = publisher_to(cache, payload_copier=copier, run_payload_copies_in_thread=True)
+    first = await begun(publisher.publish(A, "first", source="s"))
+    assert (await publisher.publish(A, "second", source="s")).published
+    gate.open()
+    assert not (await first).published
+    assert await payload_in(cache) == "second"
 
 
 async def test_an_undated_event_counts_although_the_clock_was_set_back(cache: AsyncCache) -> None:

@@ -626,7 +626,10 @@ async def test_what_is_read_while_several_publish_waits_for_each_that_had_begun(
     building = builder(Single("k", fetch=fetch), cache=cache)
     reading = await begun(building.build([key("k")]), at_source)
     publish = building.publisher.publish
-    events = [await begun(publish(key("k"), name, source="s")) for name in ("first", "second")]
+    events = []
+    for name in ("first", "second"):
+        events.append(await begun(publish(key("k"), name, source="s")))
+        await asyncio.sleep(1)  # at one time they would have to be offered twice
     at_source.open()
     await settle()
     later = await begun(publish(key("k"), "third", source="s"))

@@ -1337,7 +1337,7 @@ class _Write:
         rest = [key for key in self.values if key not in self.results]
         if atomic:
             for equal in (False, True):
-                some = [key for key in rest if self._replaces_equal(self.offered[key]) is equal]
+                some = [key for key in rest if self._replaces_equal(key) is equal]
                 await self._offer(some, force=terms.force, replace_equal=equal)
         else:
             await self._store(rest, held, insist=self.insist)
@@ -1424,9 +1424,13 @@ class _Write:
             if key not in failed:
                 self.results[key] = CacheWriteResult(_STORED, value, held.get(key))
 
-    def _replaces_equal(self, revision: Revision) -> bool:
-        by_arrival = not revision.attempts or not self.cache.calls.validates_order
-        return self.terms.replace_equal or (not revision.dated and by_arrival)
+    def _replaces_equal(self, key: ResourceKey) -> bool:
+        """Whether ``key`` is offered in place of an equal one: known, or found, to come later."""
+        revision, told = self.offered[key], self.results.get(key)
+        if told is not None:
+            equal = told.status is CacheWriteStatus.IGNORED_DUPLICATE
+            return equal and self._status(key, told.value) is _STORED
+        return self.terms.replace_equal or (self._looks_first(revision) and not revision.dated)
 
     async def _offer(
         self, keys: Iterable[ResourceKey], *, force: bool, replace_equal: bool
