@@ -43,6 +43,29 @@ K = key("k")
 SWR = FreshnessPolicy(5.0, 100.0, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
 
 
+async def test_what_has_a_state_says_in_a_line_how_it_stands() -> None:
+    """It is what a debugger shows of the inside."""
+    building = builder(Single("k"), cache=SingleKeyCache(), trace=True)
+    session = building.session(snapshot_id="here")
+    await session.resolve([K])
+    unit, flights = session._unit, building._engine.flights
+    parts = flights.parts
+    told = [
+        *(unit, unit.pins[K], unit.work.trace, parts.chains, parts.chains.links[0]),
+        *(parts.tracing, flights.reads, flights.writes),
+    ]
+    assert [repr(each) for each in told] == [
+        "<UnitOfWork here pins=1>",
+        f"<Reading {K} from_cache=False stale=False>",
+        "<WorkTrace session here keys=1>",
+        "<Chains k entries=1>",
+        "<Link k single>",
+        "<Tracing rate=1.0 tracer=None kept=1>",
+        "<CacheReads open=0>",
+        "<CacheWrites waiting=0 slow=False>",
+    ]
+
+
 # Closing
 
 

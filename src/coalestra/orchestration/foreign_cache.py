@@ -225,6 +225,9 @@ class CacheReads:
             if self._open.get(read.key) is read:
                 del self._open[read.key]
 
+    def __repr__(self) -> str:
+        return f"<CacheReads open={len(self._open)}>"
+
 
 @dataclass(eq=False, repr=False)
 class CacheWrites:
@@ -339,3 +342,6 @@ class CacheWrites:
             if flight.settlement is None:
                 status, current, _ = outcomes.get(flight.key, (_STORED, revision, None))
                 self.written(flight, status, current)
+
+    def __repr__(self) -> str:
+        return f"<CacheWrites waiting={len(self._next)} slow={self._slow}>"

@@ -49,6 +49,9 @@ class Reading:
             noted = self._joined = Reading(self.revision, None, *told)
         return noted
 
+    def __repr__(self) -> str:
+        return f"<Reading {self.revision.key} from_cache={self.from_cache} stale={self.stale}>"
+
 
 @dataclass(slots=True, eq=False, repr=False)
 class Failure:

@@ -298,6 +298,9 @@ class UnitOfWork:
             None if trace is None else trace.recorded(values, errors),
         )
 
+    def __repr__(self) -> str:
+        return f"<UnitOfWork {self.work.context.snapshot_id} pins={len(self.pins)}>"
+
 
 _JOINED = dict.fromkeys(("cache_misses", "cache_batch_reads", "coalesced_requests"), 1)
 """What each of those who wait together counts."""

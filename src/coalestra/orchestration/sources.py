@@ -135,6 +135,9 @@ class Link:
         counts = self.attempts, self.failed_attempts, self.latency_ms, self.deadline_cuts
         return SourceHealth(answered, failed, self.last_error, *counts)
 
+    def __repr__(self) -> str:
+        return f"<Link {self.name} {self.kind.value}>"
+
 
 # What a source declares may change, and so is checked whenever it is asked.
 
@@ -236,6 +239,9 @@ class Chains:
                 _, forgotten = answers.popitem(last=False)
                 self.entries -= (forgotten & self._asked).bit_count()
         return said
+
+    def __repr__(self) -> str:
+        return f"<Chains {' > '.join(link.name for link in self.links)} entries={self.entries}>"
 
 
 def _own(link: Link, error: BaseException) -> BaseException:

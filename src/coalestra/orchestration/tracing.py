@@ -107,6 +107,9 @@ class Tracing:
             pass_on(error)
             return None
 
+    def __repr__(self) -> str:
+        return f"<Tracing rate={self.rate} tracer={self.tracer!r} kept={len(self._recent)}>"
+
 
 R = TypeVar("R", records.AttemptTrace, records.CallTrace, KeyTrace, records.StageTrace, Wait)
 
@@ -654,6 +657,9 @@ class WorkTrace:
             "omitted_keys": untold + len(stories) - len(keys),
             "omitted_stages": stages_begun - len(stages),
         }
+
+    def __repr__(self) -> str:
+        return f"<WorkTrace {self.kind} {self.snapshot_id} keys={len(self._entries)}>"
 
 
 def _facts(revision: Revision) -> Found:
