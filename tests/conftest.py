@@ -46,8 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--worlds",
         type=int,
-        default=20,
-        help="how many random worlds each test of the simulation lives through (default: 20)",
+        default=10,
+        help="how many random worlds each test of the simulation lives through (default: 10)",
     )
     parser.addoption(
         "--distributions",

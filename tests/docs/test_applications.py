@@ -32,6 +32,7 @@ def test_a_trading_loop_decides_on_one_moment_and_looks_again(tmp_path: Path) ->
     assert told[-1] == "ok  nothing is done on a price that is no longer known"
 
 
+@pytest.mark.slow
 def test_a_batch_job_over_many_keys_is_bounded_and_survives_part_failures(tmp_path: Path) -> None:
     told = told_by("batch_job.py", tmp_path)
     assert told[0].endswith("answers: {'ledger': 99900, 'archive': 90}")
@@ -54,6 +55,7 @@ def test_a_cache_of_its_own_brings_a_service_through_a_restart(tmp_path: Path) -
     assert told[-1] == "ok  what the second life found is what the first left"
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache_whose_server_stops_and_starts(tmp_path: Path) -> None:
     told = told_by("shared_cache.py", tmp_path)
     if binary() is None or importlib.util.find_spec("redis") is None:

@@ -141,9 +141,10 @@ async def life(building: SnapshotBuilder) -> None:
 
 @pytest.mark.expects_leaks  # what a plug raises is told to the loop, and a deadline may come first
 @pytest.mark.parametrize("plug", ["clock", "policy", "authority"])
-@pytest.mark.parametrize(
-    "errors", [[LookupError], [Panic, asyncio.CancelledError, GeneratorExit]], ids=len
-)
+@pytest.mark.parametrize("errors", [
+    pytest.param([LookupError], id="ordinary"),
+    pytest.param([Panic, asyncio.CancelledError, GeneratorExit], id="any", marks=pytest.mark.slow),
+])  # fmt: skip
 async def test_whatever_a_plug_raises_at_whichever_call_everybody_is_told(
     plug: str, errors: list[Callable[[], BaseException]]
 ) -> None:

@@ -281,7 +281,7 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
 @pytest.mark.parametrize("kind", ["single", "batch", "derived", "needed"])
 @pytest.mark.parametrize("ends_by", ["cancellation", "deadline"])
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("wanted", [1, 4])
+@pytest.mark.parametrize("wanted", [1, 3])
 async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
     monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, is_first: bool, wanted: int
 ) -> None:
@@ -289,7 +289,7 @@ async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
     monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
     monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
     monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
-    keys = [key("x", str(n)) for n in range(4)]
+    keys = [key("x", str(n)) for n in range(3)]
 
     async def ask(building: SnapshotBuilder, turns: int) -> Any:
         await asyncio.sleep(10.0)

@@ -181,6 +181,7 @@ async def test_what_comes_out_of_a_cache_of_ones_own_knows_what_it_rests_on(
         assert other.below(await other.read(TOP)) == (70.0, "right", True)
 
 
+@pytest.mark.slow
 async def test_a_long_chain_from_a_cache_of_ones_own_needs_no_stack() -> None:
     clock, depth = ManualClock(), 1_100  # more than Python lets calls nest
     cache = ForgetfulBatchCache()

@@ -415,9 +415,10 @@ def out_of_the_cache() -> tuple[Shop, list[ResourceKey], dict[str, Any]]:
     return Shop(), [BASE], {}
 
 
-@pytest.mark.parametrize(
-    "scene", [forced_chain, with_policies, copied_in_threads, out_of_the_cache]
-)
+@pytest.mark.parametrize("scene", [
+    forced_chain, with_policies, out_of_the_cache,
+    pytest.param(copied_in_threads, marks=pytest.mark.slow),
+])  # fmt: skip
 async def test_cancelled_at_any_await_it_leaves_the_previous_state(scene: Scene) -> None:
     running: list[tuple[Shop, SnapshotSession]] = []
     outcomes: list[str] = []

@@ -40,7 +40,6 @@ from coalestra.orchestration.tracing import (
     MOST_INPUTS,
     MOST_KEPT,
     MOST_KEYS,
-    MOST_STAGES,
 )
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import (
@@ -500,11 +499,16 @@ async def test_what_was_in_memory_takes_the_room_of_one_key_in_a_session_too() -
     assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 0)
 
 
-async def test_a_session_may_go_on_for_ever_and_its_trace_tells_of_what_is_delivered() -> None:
+async def test_a_session_may_go_on_for_ever_and_its_trace_tells_of_what_is_delivered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most_keys, most_stages = 30, 20
+    monkeypatch.setattr(tracing, "MOST_KEYS", most_keys)
+    monkeypatch.setattr(tracing, "MOST_STAGES", most_stages)
     b = builder(Single("a", fetch=latency(1)), Single("b"))
     async with b.session(trace=True) as session:
         early = await session.resolve([A, B])
-        for _ in range(MOST_KEYS + MOST_STAGES):
+        for _ in range(most_keys + most_stages):
             late = await session.revalidate([A], force_refresh=True)
         trace = trace_of(late)
         (kept,) = b.recent_traces()
@@ -512,9 +516,9 @@ async def test_a_session_may_go_on_for_ever_and_its_trace_tells_of_what_is_deliv
         found = told.keys[A]
         assert (found.obtained, found.version) == (Obtained.FETCHED, late[A].version)
         assert found.end - found.start == 1
-        assert len(told.stages) == MOST_STAGES
+        assert len(told.stages) == most_stages
         assert told.stages[-1].end == told.duration_seconds
-        assert len(told.stages) + told.omitted_stages > MOST_KEYS + MOST_STAGES
+        assert len(told.stages) + told.omitted_stages > most_keys + most_stages
     assert "that there was no room to note" in trace.to_text()
     assert set(trace_of(early).keys) | {A} == {A, B}  # what took its place is not told of it
     assert len(trace_of(early).keys) + trace_of(early).omitted_keys == 2

@@ -121,6 +121,7 @@ async def test_a_server_that_was_never_there_is_asked_a_few_times_only(prefix: s
         assert told.assess().reasons == (BuilderHealthReason.CACHE_LEFT_ALONE,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stopped", "paused"])
 async def test_while_the_server_is_away_builds_go_on_with_their_sources(
     own_server: Server, prefix: str, how: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio.constants
 import contextlib
 import gc
 import inspect
@@ -83,6 +84,7 @@ def run_virtual(
 
 def run_real(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run ``coroutine`` on a plain loop in debug mode; raise ``Leak`` if a task is left."""
+    asyncio.constants.DEBUG_STACK_DEPTH = 1  # type: ignore[misc]  # whole ones are dear
 
     async def main() -> tuple[T, list[str]]:
         result = await coroutine

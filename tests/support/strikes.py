@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import linecache
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -81,3 +83,9 @@ def at_every_line(
         except errors:
             continue
     return lines
+
+
+def in_an_interpreter_of_its_own(check: Callable[[], object]) -> None:
+    """Call a function of a test module where nothing else is, as it is quick to fork there."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(check).result(timeout=60)

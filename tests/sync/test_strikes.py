@@ -20,7 +20,12 @@ import pytest
 
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
-from tests.support.strikes import at_every_line, lines_of, traced
+from tests.support.strikes import (
+    at_every_line,
+    in_an_interpreter_of_its_own,
+    lines_of,
+    traced,
+)
 from tests.sync.sources import Prices, builder
 from tests.sync.steps import PATIENCE, PRICE, VOLUME, in_thread, outcome
 
@@ -128,22 +133,27 @@ def test_another_thread_may_submit_while_a_handler_holds_one(facade: SyncSnapsho
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_forked_at_any_line_is_refused_and_may_close(facade: SyncSnapshotBuilder) -> None:
-    def fork() -> None:
-        child = os.fork()
-        if not child:
-            signal.alarm(60)
-            try:
-                facade.publisher.submit_publish(PRICE, 1, source="child")
-            except RuntimeError as error:
-                facade.close()
-                os._exit("create a new builder" not in str(error))
-            os._exit(2)
-        _, result = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(result) == 0
+def test_a_child_forked_at_any_line_is_refused_and_may_close() -> None:
+    in_an_interpreter_of_its_own(fork_at_every_line)
 
-    at_every_line(lambda: facade.publisher.submit_publish(PRICE, 1, source="main"), fork)
+
+def fork_at_every_line() -> None:
+    with SyncSnapshotBuilder(SnapshotBuilder([]), max_pending_submissions=10_000) as facade:
+
+        def fork() -> None:
+            child = os.fork()
+            if not child:
+                signal.alarm(60)
+                try:
+                    facade.publisher.submit_publish(PRICE, 1, source="child")
+                except RuntimeError as error:
+                    facade.close()
+                    os._exit("create a new builder" not in str(error))
+                os._exit(2)
+            _, result = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(result) == 0
+
+        at_every_line(lambda: facade.publisher.submit_publish(PRICE, 1, source="main"), fork)
 
 
 def test_a_thread_that_has_the_number_of_an_ended_loop_thread_is_not_taken_for_it() -> None:
