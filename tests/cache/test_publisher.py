@@ -28,7 +28,13 @@ from coalestra.core.policies import (
     SourceAuthorityPolicy,
 )
 from coalestra.core.protocols import AsyncCache
-from coalestra.core.values import PublishResult, ResourceUpdate, unseen_result
+from coalestra.core.values import (
+    PublishResult,
+    PublishStatus,
+    ResourceUpdate,
+    SnapshotValue,
+    unseen_result,
+)
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness
@@ -115,6 +121,44 @@ async def test_nobody_waits_for_a_publication_being_copied(make: Callable[[], As
     assert results[A].published, "its call came after that reading had begun"
     assert isinstance((await building.build([A])).value(A), Slow)
     await building.aclose()
+
+
+class DatesOnArrival(BatchAtomicCache):
+    """Takes events, which have no date of their own, for as new as their writing."""
+
+    validates_write_order = True
+
+    def _offer(self, value: SnapshotValue[Any], force: bool, replace_equal: bool) -> Any:
+        return super()._offer(value, True, replace_equal)
+
+
+@pytest.mark.parametrize("make", [AsyncMemoryCache, AtomicCache, SingleKeyCache, DatesOnArrival])
+async def test_an_event_whose_copy_takes_long_does_not_replace_a_later_one(
+    make: Callable[[], AsyncCache],
+) -> None:
+    Slow.release.clear()
+    cache, clock = make(), ManualClock(NOW)
+    publisher = standalone(cache, clock=clock)
+    earlier = await begun(publisher.publish(A, Slow(), source="s"))
+    both = await begun(publisher.publish_many([ResourceUpdate(k, Slow(), "s") for k in (B, C)]))
+    clock.advance(1)
+    for key in (A, B):
+        assert (await publisher.publish(key, "later", source="s")).published
+    Slow.release.set()
+    assert (await earlier).status is PublishStatus.IGNORED_OLDER
+    assert [told.status.value for told in (await both).values()] == ["ignored_older", "published"]
+    assert (await publisher.publish(A, "last", source="s")).published
+    found = await cache.get(A, now=clock.now(), policy=POLICY)
+    assert found.value is not None
+    assert found.value.value == "last"
+
+
+async def test_events_that_nothing_came_between_take_one_call() -> None:
+    cache = DatesOnArrival()
+    publisher = standalone(cache)
+    await publisher.publish(A, 1, source="s")
+    await publisher.publish_many([ResourceUpdate(key, 2, "s") for key in (A, B, C)])
+    assert cache.calls == ["set_many_if_newer"] * 2
 
 
 async def test_a_failed_publication_is_concluded() -> None:

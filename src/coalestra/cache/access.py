@@ -764,7 +764,7 @@ class Terms(NamedTuple):
     """On which terms revisions are offered, at ``now`` by the wall clock.
 
     Who ``insists`` wants to know what was there before, and what failed. With ``leases``, there is
-    one for each key.
+    one for each key. What others of this process may have overtaken since it was made is ``late``.
     """
 
     policies: Policies
@@ -773,6 +773,7 @@ class Terms(NamedTuple):
     replace_equal: bool = False
     insist: bool = False
     leases: Mapping[ResourceKey, Lease] | None = None
+    late: bool = False
 
 
 class Answer(NamedTuple):
@@ -1332,7 +1333,7 @@ class _Write:
         for key, current in held.items():
             await self.cache.calls.pace.keep()
             status = self._status(key, current)
-            if status is not _STORED and not terms.force:
+            if status is not _STORED and not terms.force and self._is_known(key, current):
                 self.results[key] = CacheWriteResult(status, current, current)
         rest = [key for key in self.values if key not in self.results]
         if atomic:
@@ -1403,13 +1404,21 @@ class _Write:
         """Whether the library compares before it offers a value.
 
         A cache that compares would take an undated fetch for as new as the end of its reading. One
-        that knows better tells undated values by their equal times, which may be by chance.
+        that knows better tells undated values by their equal times, which may be by chance, and
+        takes an event for as new as its writing.
         """
         if self.terms.force or not self.cache.calls.is_atomic:
             return not self.cache.calls.is_atomic
         if revision.dated:
             return revision.observed_at == revision.fetched_at
-        return revision.attempts > 0 and not self.cache.calls.validates_order
+        if self.cache.calls.validates_order:
+            return self.terms.late and not revision.attempts
+        return revision.attempts > 0
+
+    def _is_known(self, key: ResourceKey, current: SnapshotValue[Any]) -> bool:
+        """Whether the order of two values is known here, as that of events of this process is."""
+        to_be_dated = self.cache.calls.validates_order and not self.offered[key].dated
+        return not to_be_dated or revision_of(current).began > 0
 
     def _status(self, key: ResourceKey, current: SnapshotValue[Any]) -> CacheWriteStatus:
         equal, horizon = self.terms.replace_equal, self.terms.now + self.cache.tolerance

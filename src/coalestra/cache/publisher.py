@@ -48,6 +48,7 @@ from coalestra.core.values import (
     SnapshotValue,
     check_update,
     next_number,
+    number_of,
     unseen_result,
     version_of,
 )
@@ -467,7 +468,9 @@ class ResourcePublisher(PublisherArguments):
             outcomes = access.store.put_many(best, held=held, **rules)
         else:
             policies = policies or dict.fromkeys(best, common)
-            terms = Terms(policies, moment, force, replace_equal, insist=True)
+            first = number_of(judged[0].version) if judged else 0
+            late = next_number() > first + len(judged)  # others were made meanwhile
+            terms = Terms(policies, moment, force, replace_equal, insist=True, late=late)
             # So that no fetch slips in between an event and its writing; not before payloads are
             # sealed, which may take any time: readers would wait for that.
             listeners = access.listeners
