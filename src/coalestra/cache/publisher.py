@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -89,6 +89,11 @@ def _report(reporter: Reporter, force: bool, offered: Revision, outcome: Outcome
 
 def _told(status: CacheWriteStatus) -> PublishStatus:
     return _PUBLISHED if status is _STORED else PublishStatus(status.value)
+
+
+def _may_be_overtaken(made: Sequence[Revision]) -> bool:
+    """Whether anything else was made since the first of these was."""
+    return bool(made) and next_number() > number_of(made[0].version) + len(made)
 
 
 def _is_trifle(outcome: Outcome) -> bool:
@@ -468,8 +473,7 @@ class ResourcePublisher(PublisherArguments):
             outcomes = access.store.put_many(best, held=held, **rules)
         else:
             policies = policies or dict.fromkeys(best, common)
-            first = number_of(judged[0].version) if judged else 0
-            late = next_number() > first + len(judged)  # others were made meanwhile
+            late = _may_be_overtaken(judged)
             terms = Terms(policies, moment, force, replace_equal, insist=True, late=late)
             # So that no fetch slips in between an event and its writing; not before payloads are
             # sealed, which may take any time: readers would wait for that.
