@@ -174,7 +174,7 @@ def test_it_serves_nothing_while_news_may_be_missing() -> None:
     cache.connected = False
     near.on_their_way[A] = revision_of(A)
     assert near.trusted() is None
-    assert not near.waiting
+    assert not near.waiting([A])
 
 
 def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:

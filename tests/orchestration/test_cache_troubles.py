@@ -62,7 +62,17 @@ from tests.orchestration.scripted import (
     latency,
 )
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
-from tests.support import Gate, LoopClock, begun, cancel_at_every_await, drop, loop_turn, settle
+from tests.support import (
+    EPOCH,
+    Gate,
+    LoopClock,
+    ManualClock,
+    begun,
+    cancel_at_every_await,
+    drop,
+    loop_turn,
+    settle,
+)
 from tests.support.running import without_collector
 
 KEYS = [key("b", str(number)) for number in range(5)]
@@ -413,6 +423,22 @@ async def test_a_slow_write_holds_no_value_back_and_its_value_counts_as_cached(k
     await asyncio.sleep(1)
     assert (await shop.builder.build([TOP]))[TOP].version == first.version
     assert {BASE, MIDDLE, TOP} <= set(cache.held)
+
+
+@pytest.mark.parametrize("kind", [*FOREIGN, LeasingCache], ids=lambda kind: kind.__name__)
+async def test_what_is_on_its_way_is_not_fresh_once_the_clock_was_set_back(kind: Kind) -> None:
+    cache, gate = hanging(kind, *WRITES, "fulfil_many", patience=60.0)
+    clock = ManualClock()
+    shop = Shop(cache=cache, clock=clock)
+    await shop.builder.build([BASE])
+    shop.stock.change(base=2)
+    clock.set_wall(EPOCH - 3_600)
+    clock.advance(60)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
+    assert (await shop.builder.build([BASE]))[BASE].from_cache
+    gate.open()
+    await asyncio.sleep(1)
+    assert (await shop.builder.build([BASE])).value(BASE) == 2
 
 
 @KINDS

@@ -645,10 +645,15 @@ class Channel:
         except Exception:  # it does not know
             return True
 
-    @property
-    def waiting(self) -> Mapping[ResourceKey, Revision]:
-        """The values on their way, as long as others cannot have replaced them unheard."""
-        return {} if self.is_behind else self.on_their_way
+    def waiting(
+        self, keys: Iterable[ResourceKey], horizon: float = math.inf
+    ) -> dict[ResourceKey, Revision]:
+        """Return what of ``keys`` is on its way and dated no later than ``horizon``.
+
+        Only as long as others cannot have replaced it unheard.
+        """
+        held = {} if self.is_behind else self.on_their_way
+        return {k: held[k] for k in keys if k in held and held[k].observed_at <= horizon}
 
     def trusted(self) -> EntryStore | None:
         """Return the entries, if they can be trusted at this moment."""
@@ -904,10 +909,10 @@ class CacheAccess:
         channel = self.channel()
         on_their_way = channel.on_their_way
         with channel.filling() as filling:
-            waiting = channel.waiting
-            known = {key: waiting[key] for key in keys if key in waiting}
+            horizon = now + self.tolerance
+            known = channel.waiting(keys, horizon)
             rest = [key for key in keys if key not in known]
-            values = await self.calls.get(rest, now, policies, now + self.tolerance)
+            values = await self.calls.get(rest, now, policies, horizon)
             known.update(await self.sealed(values))
             outdated = dict.fromkeys(await self.outdated(known, keys, now, self.sealed))
             kept = known.keys() - outdated.keys() - on_their_way.keys()
@@ -931,10 +936,10 @@ class CacheAccess:
 
         What is ``absent`` and not known is not held.
         """
-        on_their_way = self.channel().waiting
+        channel = self.channel()
 
         async def held(keys: list[ResourceKey]) -> dict[ResourceKey, Revision]:
-            found = {key: on_their_way[key] for key in keys if key in on_their_way}
+            found = channel.waiting(keys)
             rest = [key for key in keys if key not in found]
             return found | await make(await self.calls.held(rest, now))
 
@@ -982,10 +987,9 @@ class CacheAccess:
         channel = self.channel()
         rest = dict.fromkeys(keys)
         if not (force or unlike):
-            waiting = channel.waiting
-            on_their_way = [waiting.get(key) for key in keys]
+            waiting = channel.waiting(keys, now + self.tolerance).values()
             # What a derived one rests on may have changed: it is judged once it is there.
-            held = [each for each in on_their_way if each and not each.dependency_versions]
+            held = [each for each in waiting if not each.dependency_versions]
             for each in held:
                 del rest[each.key]
             yield {each.key: Answer(each) for each in held}
