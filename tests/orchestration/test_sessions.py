@@ -59,6 +59,30 @@ async def test_every_stage_bears_the_id_and_the_creation_time_of_the_session() -
     assert list(again) == [BASE, OTHER]
 
 
+@pytest.mark.parametrize("asked_by", ["one call", "two calls"])
+async def test_a_key_whose_reading_was_cancelled_counts_as_not_asked_for(asked_by: str) -> None:
+    gate = Gate()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> int:
+        if key.name == "slow":
+            await gate.pass_()
+        return 1
+
+    session = builder(Single("s", "slow", "quick", fetch=fetch)).session()
+    slow, quick = key("slow"), key("quick")
+    given_up = await begun(session.resolve([slow, quick]), gate)
+    other = asyncio.ensure_future(session.resolve([slow])) if asked_by == "two calls" else None
+    await settle()
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    after = await session.resolve([quick])
+    assert after.diagnostics.requested_resources == len(after) + (other is not None)
+    gate.open()
+    if other is not None:
+        assert list(await other) == [slow, quick]
+    assert list(await session.resolve([slow])) == ([slow, quick] if other else [quick, slow])
+
+
 async def test_sources_are_told_the_context_that_the_session_shows() -> None:
     seen: list[Any] = []
 

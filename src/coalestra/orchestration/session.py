@@ -182,12 +182,22 @@ class UnitOfWork:
             stage = Stage(work, wanted, self.pins, self._keep)
             stage.pins_beneath = self.lasting
             work.closed |= not self.lasting  # this is its only stage
-            await engine.run(stage)
+            try:
+                await engine.run(stage)
+            except BaseException:
+                self._take_back(wanted)
+                raise
             struck = work.expired
         else:
             engine.require_open()
             self._pin(found, EMPTY)  # what is looked up at once is not derived
         return await self.snapshot(None if struck else work.deadline)
+
+    def _take_back(self, keys: Iterable[ResourceKey]) -> None:
+        """Count keys as not asked for that came to nothing, unless others are still asking."""
+        asked = [stage.keys for stage in self.work.stages]
+        for key in set(keys).difference(self.pins, self.failures, *asked):
+            self.requested.pop(key, None)
 
     def _keep(self, gather: Gather) -> None:
         """Take over what a gather has come to, in the very step in which it was complete."""
