@@ -20,7 +20,7 @@ from tests.architecture.source_tree import PACKAGE, Function, Module, modules
 from tests.architecture.test_layers import RANK
 from tests.support import PUBLIC
 
-PACKAGES = [module.name for module in modules() if module.path.name == "__init__.py"]
+PACKAGES = [Module(path).name for path in sorted(PACKAGE.rglob("__init__.py"))]
 ASYNC_BUILD = """
 import asyncio
 from coalestra import CallableSource, ResourceKey, SnapshotBuilder
