@@ -690,6 +690,7 @@ async def test_whatever_a_copy_raises_is_the_failure_of_its_payload(
         await seal(copies, way(error), "value of feed")
     assert caught.value.__cause__ is error
     assert (caught.value.context, caught.value.value_type) == ("value of feed", way.__name__)
+    assert f" for value of feed: {kind.__name__}(" in str(caught.value)
     health = copies.health()
     assert (health.started_count, health.completed_count, health.failure_count) == (1, 0, 1)
     assert copies.active == 0

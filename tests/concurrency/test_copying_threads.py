@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import gc
 import os
 import threading
@@ -14,6 +15,7 @@ import pytest
 
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.deadline import Deadline
+from coalestra.concurrency.sealing import Seal
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.core.errors import (
     PayloadCopySubsystemClosedError,
@@ -48,9 +50,15 @@ class Held:
         return Held(self.gate)
 
 
-def start(copies: PayloadCopies, value: Any, deadline: Deadline | None = None) -> Any:
+def start(copies: PayloadCopies, value: Any) -> Any:
     """A task that seals ``value``."""
-    return asyncio.create_task(copies.seal(value, context="test", deadline=deadline))
+    return asyncio.create_task(copies.seal(value, context="test"))
+
+
+async def opened(copies: PayloadCopies, value: Any, seconds: float) -> Any:
+    """Copy ``value`` out within so many seconds."""
+    deadline, seal = Deadline(LoopClock(), seconds), Seal("slow", copy.deepcopy, brief=False)
+    return await copies.open(value, seal, context="test", deadline=deadline)
 
 
 async def finish(copies: PayloadCopies, gate: ThreadGate) -> None:
@@ -93,9 +101,8 @@ async def test_a_deadline_ends_the_wait_for_a_running_copy() -> None:
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    task = start(copies, Held(gate), Deadline(LoopClock(), 0.25))
     with pytest.raises(SnapshotDeadlineExceededError, match=r"0\.25 s"):
-        await task
+        await opened(copies, Held(gate), 0.25)
     assert loop.time() - began == pytest.approx(0.25)
     health = copies.health()
     assert (health.timeout_count, health.capacity_timeout_count) == (1, 0)
@@ -109,7 +116,7 @@ async def test_a_deadline_ends_the_wait_for_a_slot() -> None:
     first = start(copies, Held(gate))
     await settle()
     with pytest.raises(SnapshotDeadlineExceededError, match="waited for a copy thread"):
-        await copies.seal(Held(gate), context="test", deadline=Deadline(LoopClock(), 0.5))
+        await opened(copies, Held(gate), 0.5)
     health = copies.health()
     assert (health.timeout_count, health.capacity_timeout_count) == (1, 1)
     assert (health.waiting_for_capacity, health.started_count) == (0, 1)

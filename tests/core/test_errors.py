@@ -124,9 +124,9 @@ SAMPLES: list[tuple[CoalestraError, str]] = [
         "the snapshot builder is closed and takes no more work; create a new one",
     ),
     (
-        PayloadIsolationError(context="cache write", value_type="socket"),
-        "payloads must be copyable, got socket while copying for cache write; return plain data "
-        "or configure payload_copier",
+        PayloadIsolationError(context="cache write", value_type="socket", cause=TypeError("no")),
+        "payloads must be copyable, got socket while copying for cache write: TypeError(no); "
+        "return plain data, or copy it in payload_copier",
     ),
     (
         PayloadCopySubsystemClosedError(component="cache"),

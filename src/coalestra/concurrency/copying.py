@@ -63,12 +63,13 @@ def isolated(copier: Callable[[Any], T], value: Any, context: str) -> T:
         return copier(value)
     except BaseException as error:
         pass_on(error)
-        raise not_isolated(value, context) from error
+        raise not_isolated(value, context, error) from error
 
 
-def not_isolated(value: Any, context: str) -> PayloadIsolationError:
+def not_isolated(value: Any, context: str, cause: BaseException) -> PayloadIsolationError:
     """Return the error for a payload that could not be copied."""
-    return PayloadIsolationError(context=context, value_type=type(value).__qualname__)
+    named = type(value).__qualname__
+    return PayloadIsolationError(context=context, value_type=named, cause=cause)
 
 
 class PayloadIsolator:
@@ -315,21 +316,21 @@ class PayloadCopies:
     def _failure(self, value: Any, context: str, error: BaseException) -> PayloadIsolationError:
         self._failed += 1
         pass_on(error)
-        return not_isolated(value, context)
+        return not_isolated(value, context, error)
 
     # In threads ---------------------------------------------------------------------------------
 
-    async def seal(self, value: Any, *, context: str, deadline: Deadline | None = None) -> Sealed:
-        """Seal a payload in a thread: one that ``seal_now`` returned None for.
-
-        Raises `SnapshotDeadlineExceededError` if ``deadline`` comes first.
-        """
-        return await self._in_thread(self._sealer, value, context, deadline)
+    async def seal(self, value: Any, *, context: str) -> Sealed:
+        """Seal a payload in a thread: one that ``seal_now`` returned None for."""
+        return await self._in_thread(self._sealer, value, context, None)
 
     async def open(
         self, payload: Any, seal: Seal, *, context: str, deadline: Deadline | None = None
     ) -> Any:
-        """Open a payload in a thread, as `seal` does: one that ``open_now`` has not opened."""
+        """Open a payload in a thread: one that ``open_now`` has not opened.
+
+        Raises `SnapshotDeadlineExceededError` if ``deadline`` comes first.
+        """
         return await self._in_thread(self._copier or seal.opener, payload, context, deadline)
 
     async def _in_thread(
@@ -349,7 +350,7 @@ class PayloadCopies:
         try:
             return job.outcome()
         except BaseException as error:
-            raise not_isolated(value, context) from error
+            raise not_isolated(value, context, error) from error
 
     async def _take_slot(self) -> Callable[[], None]:
         """Take a slot; return what gives it back, once however often it is called."""

@@ -776,15 +776,19 @@ class BuilderClosedError(CoalestraError, RuntimeError):
 class PayloadIsolationError(CoalestraError):
     """A payload cannot be copied, so it cannot be shared safely. ``__cause__`` says why.
 
-    The ``context`` is what the copy was for, ``value_type`` the name of the payload's type.
+    The ``context`` is what the copy was for, ``value_type`` the name of the payload's type. What
+    the copying raised, the ``cause``, is in the text.
     """
 
-    def __init__(self, *, context: str, value_type: str) -> None:
+    def __init__(
+        self, *, context: str, value_type: str, cause: BaseException | None = None
+    ) -> None:
         self.context = context
         self.value_type = value_type
+        why = "" if cause is None else f": {_named(cause)}"
         super().__init__(
-            f"payloads must be copyable, got {value_type} while copying for {context}; return "
-            "plain data or configure payload_copier"
+            f"payloads must be copyable, got {value_type} while copying for {context}{why}; return "
+            "plain data, or copy it in payload_copier"
         )
 
 
