@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -11,13 +11,17 @@ import pytest
 from coalestra import (
     AtomicAsyncCache,
     BatchAtomicAsyncCache,
+    CacheLookup,
+    FetchContext,
     FreshnessPolicy,
+    LeasedLookup,
     ResourceKey,
     ResourceUpdate,
+    SourcePayload,
 )
 from coalestra import LeasingCache as LeasingCacheProtocol
 from coalestra.concurrency import pace
-from coalestra.orchestration import singleflight
+from coalestra.orchestration import foreign_cache, singleflight
 from tests.contracts.caches import (
     ALL,
     AtomicCache,
@@ -30,6 +34,7 @@ from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import (
+    EPOCH,
     Gate,
     LoopClock,
     ThreadGate,
@@ -140,6 +145,48 @@ async def test_single_key_caches_are_driven_by_no_more_workers_than_allowed(limi
     snapshot = await building.build(keys)
     assert list(snapshot) == keys
     assert cache.peak_running == limit
+
+
+# Leases
+
+
+class LeasedByOthers(LeasingCache):
+    """Has nothing, and gives no lease: others hold them all."""
+
+    async def lease_many(self, keys: Collection[ResourceKey], **terms: Any) -> Any:
+        yield {key: LeasedLookup(CacheLookup(None, False, False)) for key in keys}
+
+
+@pytest.mark.parametrize("make, kept", [(LeasingCache, True), (LeasedByOthers, False)])
+async def test_a_stale_answer_is_written_by_nobody_who_has_no_lease(make: Make, kept: bool) -> None:
+    async def fetch(asked: ResourceKey, context: FetchContext) -> Any:
+        return SourcePayload("old", observed_at=EPOCH - 20)
+
+    cache = make()
+    building = builder(
+        Single("k", fetch=fetch), cache=cache, default_policy=FreshnessPolicy(5, 500)
+    )
+    assert (await building.build([key("k")]))[key("k")].stale
+    await asyncio.sleep(1)
+    assert (key("k") in cache.held) is kept
+
+
+async def test_leases_that_reach_nobody_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are passed on one after the other; who waited for them may leave in between."""
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -1.0)
+    monkeypatch.setattr(foreign_cache, "_ANSWERS_BETWEEN_LOOKS", 1)
+    caches: list[LeasingCache] = []
+
+    async def work() -> None:
+        caches.append(LeasingCache())
+        building = builder(Batch("b"), cache=caches[-1])
+        await building.build([key("b", str(number)) for number in range(4)])
+
+    async def check() -> None:
+        await asyncio.sleep(1)
+        assert not any(cache.leased for cache in caches)
+
+    assert await cancel_at_every_await(work, check) > 4
 
 
 # Dependency validation

@@ -17,7 +17,7 @@ from coalestra import (
     Snapshot,
     SourcePayload,
 )
-from coalestra.orchestration import flights
+from coalestra.orchestration import flights, singleflight
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import LASTING, Batch, Derived, Single, builder, held_at, key
 from tests.support import Gate, LoopClock, begun, lines_run, no_leaks, settle
@@ -63,6 +63,23 @@ async def test_what_a_session_derives_from_its_pins_is_no_news_to_others(cache: 
     gate.open()
     assert (await reader).value(D) == ("new",)
     assert (await other.build([D])).value(D) == ("new",)
+
+
+async def test_of_more_news_than_is_remembered_all_is_taken_to_concern_what_is_derived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(singleflight, "_MOST_NEWS", 2)
+    gate = Gate()
+    building = builder(Single("base"), derived(gate))
+    early = await begun(building.build([D]), gate)
+    await building.publisher.publish(BASE, "new", source="stream")
+    for name in ("x", "y", "z"):
+        await building.publisher.publish(key(name), 1, source="stream")
+    newcomer = await begun(building.build([D]))
+    gate.open()
+    assert (await newcomer).value(D) == ("new",)
+    await early
+    assert (await building.build([D])).value(D) == ("new",)
 
 
 async def test_a_dated_read_that_an_event_and_an_invalidation_overtook_is_not_cached() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from coalestra import (
     AsyncMemoryCache,
+    CircuitBreakerPolicy,
     FetchContext,
     FreshnessPolicy,
     NearCache,
@@ -231,6 +232,15 @@ async def test_attempts_tell_their_errors_and_the_pause_between_them() -> None:
     assert (found.obtained, found.error_type) == (Obtained.FAILED, "ResourceResolutionError")
     (refusal,) = found.refusals
     assert (refusal.source, refusal.status, refusal.at) == ("a", "failure", second.end)
+
+
+async def test_a_call_that_an_open_circuit_did_not_let_through_says_so() -> None:
+    once = SourceResiliencePolicy(RetryPolicy(1), CircuitBreakerPolicy(failure_threshold=1))
+    b = builder(tuned(Single("a", fetch=down), resilience_policy=once))
+    await b.build([A], strict=False)
+    trace = trace_of(await b.build([A], strict=False, trace=True))
+    assert the_call(trace).outcome == "circuit_open"
+    assert [refusal.status for refusal in trace.keys[A].refusals] == ["circuit_open"]
 
 
 async def test_a_wait_for_capacity_names_who_held_it() -> None:

@@ -1679,8 +1679,6 @@ def _outcome_of(error: BaseException, outcome: Outcome) -> str:
         return "deadline"
     if isinstance(error, (SourceTimeoutError, SourceQueueTimeoutError)):
         return "timeout"
-    if isinstance(error, CircuitOpenError):
-        return "circuit_open"
     return "abandoned" if outcome is _ABANDONED else "failure"
 
 
