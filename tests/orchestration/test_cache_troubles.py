@@ -985,7 +985,7 @@ async def test_the_lease_on_what_waits_for_a_publication_is_given_back_by_closin
         await at_source.pass_()
         return "fetched"
 
-    cache, at_cache = hanging(LeasingCache, "set_many_if_newer")
+    cache, at_cache = hanging(LeasingCache, "set_many_if_newer", patience=60.0)
     building = builder(Single("k", fetch=fetch), cache=cache)
     reading = await begun(building.build([key("k")]), at_source)
     event = await begun(building.publisher.publish(key("k"), "event", source="s"), at_cache)

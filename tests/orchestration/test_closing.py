@@ -20,7 +20,7 @@ from coalestra import (
     SourceTimeoutError,
 )
 from coalestra.orchestration.closing import insist
-from tests.contracts.caches import BatchCache, LeasingCache
+from tests.contracts.caches import BatchCache, LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ThreadGate, VirtualLoop, begun, run_virtual, settle
@@ -500,3 +500,29 @@ async def test_the_lease_of_what_closing_has_not_the_time_to_store_is_given_back
     assert len(cache.leased) == 1
     await building.aclose(copy_shutdown_timeout_seconds=0.5)
     assert cache.leased == {}
+
+
+@pytest.mark.parametrize("asked", ["publish", "invalidate"])
+async def test_a_managed_cache_is_closed_after_what_an_application_asked_of_it(asked: str) -> None:
+    gate, ended = Gate(), list[str]()
+
+    class Managed(SingleKeyCache):
+        timeout_seconds = 60.0
+
+        async def _travel(self, call: str) -> None:
+            if call != "get":
+                await gate.pass_()
+                ended.append(asked)
+
+        async def aclose(self) -> None:
+            ended.append("aclose")
+
+    building = builder(Single("k"), cache=Managed(), manage_lifecycle=True)
+    publisher = building.publisher
+    asking = publisher.publish(K, 1, source="s") if asked == "publish" else publisher.invalidate(K)
+    task = await begun(asking, gate)
+    closing = asyncio.ensure_future(building.aclose())
+    await settle()
+    gate.open()
+    await asyncio.gather(task, closing)
+    assert ended == [asked, "aclose"]

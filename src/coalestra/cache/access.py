@@ -558,16 +558,23 @@ class KeyLanes:
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, keys: Collection[ResourceKey], after: Collection[ResourceKey] = ()
+        self,
+        keys: Collection[ResourceKey],
+        after: Collection[ResourceKey] = (),
+        among: set[asyncio.Future[None]] | None = None,
     ) -> AsyncGenerator[None, None]:
         """Hold all of ``keys`` once those who came before have let go of each, and of ``after``.
 
         It queues for all of them in one step, so that operations over several keys cannot block
         each other in a circle. Who breaks the wait off keeps the place until it would have come.
+        Meanwhile its end is ``among`` those that somebody waits for.
         """
         over = asyncio.get_running_loop().create_future()
         ahead = {self._last[key] for key in (*keys, *after) if key in self._last}
         self._last.update(dict.fromkeys(keys, over))
+        if among is not None:
+            among.add(over)
+            over.add_done_callback(among.discard)
 
         def passed(ended: asyncio.Future[None] | None = None) -> None:
             ahead.discard(ended)
@@ -838,6 +845,7 @@ class CacheAccess:
             self.store.tolerate(self.tolerance)
         self._channel: Channel | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._turns: set[asyncio.Future[None]] = set()
         self._giving_back: dict[Lease, bool] = {}
 
     def __repr__(self) -> str:
@@ -849,7 +857,8 @@ class CacheAccess:
         if channel is None or channel.loop is not loop:
             if channel is not None:
                 channel.listeners.unsubscribe(self.subscribers)
-                for theirs in (self._tasks, self.calls.left_behind, self._giving_back):
+                self._giving_back.clear()
+                for theirs in (self._tasks, self._turns, self.calls.left_behind):
                     theirs.clear()  # they end by themselves
             identity = (id(self.cache), id(loop))
             self._channel = channel = _channels.get(identity) or Channel(self.cache, loop)
@@ -948,7 +957,7 @@ class CacheAccess:
 
     async def _remove_outdated(self, outdated: Mapping[ResourceKey, Revision], now: float) -> None:
         """Remove entries found outdated, unless they have been replaced in the meantime."""
-        async with self.channel().lanes.turn(outdated):
+        async with self.channel().lanes.turn(outdated, among=self._turns):
             held = await self.calls.held(tuple(outdated), now)
             same = [key for key, value in held.items() if value.version == outdated[key].version]
             self.calls.tell("invalidate", await self.calls.remove(same, insist=False))
@@ -1211,7 +1220,7 @@ class CacheAccess:
         asked = channel.loop.time()
         # A cache may refuse what rests on something that it does not hold yet.
         below = {key for each in revisions.values() for key in each.dependency_versions}
-        async with channel.lanes.turn(revisions, below):
+        async with channel.lanes.turn(revisions, below, among=self._turns):
             if self._giving_back and terms.leases is None:
                 # Or nobody would be told that those were in vain; who waits for it may leave.
                 await asyncio.wait((self._behind(self._give_back()),))
@@ -1271,7 +1280,7 @@ class CacheAccess:
         channel = self.channel()
         channel.invalidate(gone)
         asked = channel.loop.time()
-        async with channel.lanes.turn(gone):
+        async with channel.lanes.turn(gone, among=self._turns):
             try:
                 insist = not self.calls.gave_up_since(asked)
                 return await self.calls.remove(tuple(gone), insist=insist)
@@ -1290,7 +1299,7 @@ class CacheAccess:
         await asyncio.sleep(0)  # for what is given back at this moment, as by writes that end
         for seconds in (timeout_seconds, 0.0):
             until = now() + max(seconds, _MOMENT_SECONDS)
-            while (busy := self._tasks | self.calls.left_behind) and now() < until:
+            while (busy := self._tasks | self._turns | self.calls.left_behind) and now() < until:
                 await asyncio.wait(busy, timeout=until - now())
             for task in tuple(self._tasks):
                 task.cancel()
