@@ -115,7 +115,8 @@ async def test_a_deadline_ends_the_wait_for_a_slot() -> None:
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
     first = start(copies, Held(gate))
     await settle()
-    with pytest.raises(SnapshotDeadlineExceededError, match="waited for a copy thread"):
+    waits = r"was waiting for a copy thread, held by 'test' \(1\)"
+    with pytest.raises(SnapshotDeadlineExceededError, match=waits):
         await opened(copies, Held(gate), 0.5)
     health = copies.health()
     assert (health.timeout_count, health.capacity_timeout_count) == (1, 1)

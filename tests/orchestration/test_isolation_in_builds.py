@@ -225,6 +225,21 @@ async def test_closing_says_which_copies_outlast_it_and_lets_go_who_waits(form: 
     assert health.payload_copy_components["builder"].shutdown_complete
 
 
+async def test_who_waits_for_a_copy_thread_is_told_who_has_it() -> None:
+    derived = Derived("d", needs=lambda _: [K])
+    sources = Stock("k", {"k": [1], "other": [2]}), Stock("large", {"large": [3]}), derived
+    stuck, building = with_stuck(*sources, max_copy_concurrency=1)
+    await building.build([K])
+    stuck.armed = True
+    first = await begun(building.build([key("large")], strict=False))
+    for waits in (D, key("other"), K):
+        error = (await building.build([waits], strict=False, deadline_seconds=3)).errors[waits]
+        told = "was waiting for a copy thread, held by 'payload of large' (1)"
+        assert told in str(error)
+    stuck.gate.open()
+    await first
+
+
 async def test_a_deadline_while_dependencies_are_copied_is_counted_and_told_as_that() -> None:
     stuck, building = with_stuck(Stock("k", {"k": [1]}), Derived("d", needs=lambda _: [K]))
     await building.build([K])

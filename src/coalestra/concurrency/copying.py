@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -213,7 +214,7 @@ class PayloadCopies:
         self._threads = threads
         self._slots = WaitQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._taken: dict[object, WaitQueue] = {}
+        self._taken: dict[object, tuple[WaitQueue, str]] = {}
         self._jobs: dict[Job[Any], None] = {}
         self._changes = Changes()
         self._waits = _Spell()
@@ -342,7 +343,7 @@ class PayloadCopies:
             if deadline is not None and deadline.expired:
                 raise CutOffExpired(deadline.loop_time)
             with CutOff(None) if deadline is None else deadline.cut_off():
-                give_back = await self._take_slot()
+                give_back = await self._take_slot(context)
                 job = await self._ended(partial(copier, value), give_back)
         except CutOffExpired:
             assert deadline is not None
@@ -352,20 +353,20 @@ class PayloadCopies:
         except BaseException as error:
             raise not_isolated(value, context, error) from error
 
-    async def _take_slot(self) -> Callable[[], None]:
+    async def _take_slot(self, context: str) -> Callable[[], None]:
         """Take a slot; return what gives it back, once however often it is called."""
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._slots = loop, WaitQueue()
         slots, slot = self._slots, object()
-        give_back = partial(self._give_back, slot)
-        if list(self._taken.values()).count(slots) < self.max_concurrency:
-            self._taken[slot] = slots
+        give_back, taken = partial(self._give_back, slot), (slots, context)
+        if len(self._holders()) < self.max_concurrency:
+            self._taken[slot] = taken
         else:
             began = loop.time()
             self._peak_waiting = max(self._peak_waiting, len(slots) + 1)
             try:
-                await slots.wait(give_back, partial(self._taken.setdefault, slot, slots))
+                await slots.wait(give_back, partial(self._taken.setdefault, slot, taken))
             finally:
                 self._waits.add(loop.time() - began)
             if self.closed:
@@ -376,9 +377,23 @@ class PayloadCopies:
 
     def _give_back(self, slot: object) -> None:
         """Hand a slot on, or tell those who wait for the end; in a thread if its loop is closed."""
-        slots = self._taken.pop(slot, None)
-        if slots is not None and not slots.wake_next():
+        taken = self._taken.pop(slot, None)
+        if taken is not None and not taken[0].wake_next():
             self._changes.tell()
+
+    def _holders(self) -> list[str]:
+        return [context for slots, context in self._taken.copy().values() if slots is self._slots]
+
+    def standing(self, context: str) -> str:
+        """How a copy under way for `context` stands, in words: made, or waiting for others."""
+        holders = self._holders()
+        waits = context not in holders and len(holders) >= self.max_concurrency
+        return self._waiting() if waits else "being copied"
+
+    def _waiting(self) -> str:
+        holders = Counter(self._holders()).items()
+        held = ", ".join(f"{who!r} ({count})" for who, count in holders)
+        return f"waiting for a copy thread, held by {held}"
 
     async def _ended(self, work: Callable[[], T], give_back: Callable[[], None]) -> Job[T]:
         """Use the slot that was taken for one piece of work, and wait for its end."""
@@ -410,10 +425,10 @@ class PayloadCopies:
     def _late(self, deadline: Deadline, *, has_slot: bool) -> errors.SnapshotDeadlineExceededError:
         self._timeouts += 1
         self._capacity_timeouts += not has_slot
-        phase = "was being copied" if has_slot else "waited for a copy thread"
+        stood = "being copied" if has_slot else self._waiting()
         return errors.SnapshotDeadlineExceededError(
             f"the deadline of {deadline.budget_seconds:g} seconds passed while a payload of "
-            f"component {self.component!r} {phase}"
+            f"component {self.component!r} was {stood}"
         )
 
     def count_timeouts(self, number: int) -> None:

@@ -83,7 +83,7 @@ from coalestra.core.policies import FutureObservation, judge_observation, policy
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext, Snapshot
 from coalestra.core.validation import instance
 from coalestra.core.values import Revision, SourcePayload, next_number, next_version
-from coalestra.orchestration.deliveries import Deliveries
+from coalestra.orchestration.deliveries import DEPENDENCY, Deliveries
 from coalestra.orchestration.flights import (
     Flight,
     Fresh,
@@ -128,10 +128,7 @@ class Progress(enum.Enum):
     PREPARING = "its dependencies were being copied", "its dependencies are being copied"
     WAITING = "it waited for capacity", "waiting for capacity"
     RUNNING = "its source was running", "its source is running"
-    TAKING_IN = (
-        "the answer of its source was being copied",
-        "the answer of its source is being copied",
-    )
+    TAKING_IN = "the answer of its source was ", "the answer of its source is being copied"
 
 
 class StaleSourceData(Exception):
@@ -380,10 +377,12 @@ class Attempt:
         if call.cutoff > asyncio.get_running_loop().time():
             return None
         if prepared:
-            call.parts.copies.count_timeouts(1)
+            copies = call.parts.copies
+            copies.count_timeouts(1)
             return SnapshotDeadlineExceededError(
                 f"the deadline{call.of_deadline()} passed while what source {call.link.name!r} "
-                "derives from was being copied; raise the deadline or derive from less"
+                f"derives from was {copies.standing(DEPENDENCY)}; raise the deadline or derive "
+                "from less"
             )
         return self._late_in_queue() if waited else None
 
@@ -724,7 +723,13 @@ class Call:
         if attempt is not None and attempt.progress is Progress.WAITING:
             return f": it waited for {self.lane.capacity}"
         was = "it rested between two attempts" if attempt is None else attempt.progress.value[0]
+        if attempt is not None and attempt.progress is Progress.TAKING_IN:
+            was += self._taken_in
         return f": {was}"
+
+    @property
+    def _taken_in(self) -> str:
+        return self.parts.copies.standing(self.link.context)
 
     @property
     def standing(self) -> str:
@@ -1463,7 +1468,7 @@ class Call:
         self.end(
             SnapshotDeadlineExceededError(
                 f"the deadline{self.of_deadline()} passed while the answer of source "
-                f"{self.link.name!r} was being copied; raise the deadline or return less"
+                f"{self.link.name!r} was {self._taken_in}; raise the deadline or return less"
             )
         )
 

@@ -33,7 +33,7 @@ from coalestra.orchestration.flights import Parts, Work
 from coalestra.orchestration.readings import Reading
 
 _CONTEXT = "snapshot delivery"
-_DEPENDENCY = "derived dependency"
+DEPENDENCY = "derived dependency"
 _SHARED = Seal.SHARED
 _FAILED: Any = object()
 """Stands for the copy of what could not be copied."""
@@ -157,7 +157,7 @@ class Deliveries:
         self, context: FetchContext, readings: Mapping[ResourceKey, Reading], *, inherits: bool
     ) -> Inputs | None:
         """Return what `inputs` would, at once; None if it takes more."""
-        values, errors = self.at_hand(readings, _DEPENDENCY) or (None, None)
+        values, errors = self.at_hand(readings, DEPENDENCY) or (None, None)
         if values is None or errors:
             return None
         inputs = snapshot_of(context.snapshot_id, context.requested_at, values)
@@ -171,7 +171,7 @@ class Deliveries:
         Raises:
             PayloadIsolationError: one of them cannot be copied.
         """
-        values, errors = await self.values(readings, None, _DEPENDENCY)
+        values, errors = await self.values(readings, None, DEPENDENCY)
         if errors:
             raise next(iter(errors.values()))
         inputs = snapshot_of(context.snapshot_id, context.requested_at, values)
