@@ -146,7 +146,6 @@ SECTIONS: Mapping[int, Section] = {
             "core/test_trace.py",
             "core/test_trace_in_a_browser.py",
             "properties/test_traces.py",
-            "orchestration/test_reports_of_waiting.py",
             "orchestration/test_observability_in_builds.py",
             "orchestration/test_tracing.py",
             "orchestration/test_texts.py",

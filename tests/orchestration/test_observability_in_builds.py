@@ -253,6 +253,10 @@ async def test_batch_calls_are_counted_by_how_they_end() -> None:
     await building.build([key("x", "4")], strict=False, deadline_seconds=2)
     await settle()
     holder = await begun(building.build([key("x", "5")]))
+    leaving = await begun(building.build([key("x", "8")], deadline_seconds=9))
+    await asyncio.sleep(2)
+    leaving.cancel()  # before any deadline: that is no timeout
+    await settle()
     await building.build([key("x", "6")], strict=False)
     await building.build([key("x", "7")], strict=False, deadline_seconds=1)
     holder.cancel()
@@ -265,7 +269,8 @@ async def test_batch_calls_are_counted_by_how_they_end() -> None:
     for reason in ("queue_timeout", "snapshot_deadline"):
         assert seen.count("source_capacity_timeout_total", source="x", reason=reason) == 1, reason
     waits = seen.observed["source_capacity_wait_ms", "x"]
-    assert [round(each) for each in waits if each] == [3000, 1000]
+    assert [round(each) for each in waits if each] == [2000, 3000, 1000]
+    assert (await building.health_snapshot()).deadline_exceeded_count == late
     assert seen.faults == []
 
 
@@ -511,3 +516,10 @@ async def test_coalesced_and_stale_values_and_refreshes_count_where_they_belong(
         assert (stale.stale_values, stale.refresh_scheduled) == (1, 1)
         await building.wait_for_refreshes()
         assert session.snapshot().diagnostics.refresh_completed == 1
+
+
+async def test_a_warm_build_with_derived_keys_counts_one_read_of_the_cache() -> None:
+    building = builder(Single("x"), Derived("top", needs=lambda k: [X]))
+    await building.build([key("top"), X])
+    warm = (await building.build([key("top"), X])).diagnostics
+    assert (warm.cache_hits, warm.cache_batch_reads) == (2, 1)
