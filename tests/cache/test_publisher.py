@@ -37,7 +37,7 @@ from coalestra.core.values import (
 )
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
-from tests.contracts.samples import NOW, POLICY, A, B, C, Witness
+from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, value_of
 from tests.orchestration.scripted import Single, builder, held_at
 from tests.support import Gate, ManualClock, begun, cancel_at_every_await, settle
 
@@ -215,18 +215,40 @@ async def test_the_owner_may_refuse_further_publications() -> None:
             await work
 
 
-async def test_the_values_of_one_publication_are_copied_side_by_side() -> None:
-    """As many at a time as there may be; each copier waits for the other here, in and out."""
-    meeting = threading.Barrier(2, timeout=20)
+def in_pairs() -> dict[str, Any]:
+    """Settings with which each copy waits for another one that is made at the same time."""
+    meeting = threading.Barrier(2, timeout=10)
 
     def copier(value: Any) -> Any:
         meeting.wait()
         return copy.deepcopy(value)
 
     threaded = {"payload_copier": copier, "run_payload_copies_in_thread": True}
-    publisher = standalone(AsyncMemoryCache(), **threaded, max_copy_concurrency=2)
+    return {**threaded, "max_copy_concurrency": 2}
+
+
+@pytest.mark.parametrize("make", [AsyncMemoryCache, BatchCache])
+async def test_the_values_of_one_publication_are_copied_side_by_side(
+    make: Callable[[], AsyncCache],
+) -> None:
+    """As many at a time as there may be: in, to the cache, and out."""
+    publisher = standalone(make(), **in_pairs())
     results = await publisher.publish_many([ResourceUpdate(k, [k.name], "s") for k in (A, B)])
     assert [results[key].value.value for key in (A, B)] == [[A.name], [B.name]]
+
+
+async def test_what_is_read_from_and_written_to_a_cache_is_copied_side_by_side() -> None:
+    memory, foreign = AsyncMemoryCache(**in_pairs()), BatchCache()
+    values = [value_of(key, [key.name]) for key in (A, B)]
+    for cache in (memory, foreign):
+        await cache.set_many(values)
+    found = await memory.get_many([A, B], now=NOW, policies={A: POLICY, B: POLICY})
+    assert [lookup.value.value for lookup in found.values() if lookup.value] == [[A.name], [B.name]]
+    building = builder(cache=foreign, clock=ManualClock(NOW), default_policy=POLICY, **in_pairs())
+    assert [value.value for value in (await building.build([A, B])).values()] == [
+        [A.name],
+        [B.name],
+    ]
 
 
 async def test_closing_names_copies_that_are_late() -> None:

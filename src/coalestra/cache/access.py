@@ -965,17 +965,18 @@ class CacheAccess:
     async def sealed(self, values: Found) -> dict[ResourceKey, Revision]:
         """Copy values in; one that cannot be copied is told and left out."""
         revisions: dict[ResourceKey, Revision] = {}
-        pace = self.calls.pace
-        pace.begin()
-        for key, value in values.items():
+
+        async def seal(key: ResourceKey) -> None:
             self.copying[key] = None
             try:
-                revisions[key] = await seal_value(self.copies, value, _READ)
+                revisions[key] = await seal_value(self.copies, values[key], _READ)
             except Exception as error:
                 self.calls.tell("read", {key: error})
             finally:
                 self.copying.pop(key, None)
-            await pace.keep()
+
+        self.calls.pace.begin()
+        await self.copies.each(values, seal, self.calls.pace)
         return revisions
 
     # Leases -------------------------------------------------------------------------------------
@@ -1405,13 +1406,16 @@ class _Write:
             del self.results[key]  # what is of no use takes nobody's place
 
     async def _open(self) -> None:
-        for key, revision in self.offered.items():
+        copies = self.cache.copies
+
+        async def open_one(key: ResourceKey) -> None:
             try:
-                self.values[key] = await open_value(self.cache.copies, revision, _WRITE)
+                self.values[key] = await open_value(copies, self.offered[key], _WRITE)
             except Exception as error:
                 errors.without_frames(error)
                 self.failures[key] = error
-            await self.cache.calls.pace.keep()
+
+        await copies.each(self.offered, open_one, self.cache.calls.pace)
 
     def _looks_first(self, revision: Revision) -> bool:
         """Whether the library compares before it offers a value.

@@ -187,11 +187,11 @@ class AsyncMemoryCache:
         find = self._store.find
         held = [find(key, now, policy) for key, policy in wanted.items()]
         lookups = dict.fromkeys(wanted, MISS)
-        pace = Pace()
-        for (key, policy), revision in zip(wanted.items(), held, strict=True):
-            if revision is not None:
-                lookups[key] = await self._lookup(revision, now, policy)
-                await pace.keep()
+
+        async def look(revision: Revision) -> None:
+            lookups[revision.key] = await self._lookup(revision, now, wanted[revision.key])
+
+        await self._copies.each([each for each in held if each is not None], look, Pace())
         return lookups
 
     async def set(self, value: SnapshotValue[Any]) -> None:
@@ -335,12 +335,13 @@ class AsyncMemoryCache:
         captured = tuple(validation.instance("values", values, Iterable))
         for value in captured:
             validation.instance("values", value, SnapshotValue)
-        revisions = []
-        pace = Pace()
-        for value in captured:
-            revisions.append(await seal_value(self._copies, value, _WRITE))
-            await pace.keep()
-        return best_per_key(revisions)
+        sealed: dict[int, Revision] = {}
+
+        async def seal(number: int) -> None:
+            sealed[number] = await seal_value(self._copies, captured[number], _WRITE)
+
+        await self._copies.each(range(len(captured)), seal, Pace())
+        return best_per_key([sealed[number] for number in range(len(captured))])
 
 
 async def let_go(removed: list[Any]) -> None:

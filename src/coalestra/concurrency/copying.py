@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -31,6 +31,7 @@ from coalestra._lockfree import Changes
 from coalestra.concurrency import sealing
 from coalestra.concurrency.capacity import WaitQueue, can_be_woken
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
+from coalestra.concurrency.pace import Pace, side_by_side
 from coalestra.concurrency.sealing import FLAT, Seal, Sealed, seal_anyhow, seal_flat
 from coalestra.concurrency.threads import Job, WorkerThreads, threads_of_context
 from coalestra.core import errors
@@ -318,6 +319,22 @@ class PayloadCopies:
         self._failed += 1
         pass_on(error)
         return not_isolated(value, context, error)
+
+    async def each(
+        self, several: Collection[T], copy: Callable[[T], Awaitable[object]], pace: Pace
+    ) -> None:
+        """Copy several things, begun in order; those that take a thread, side by side."""
+
+        async def one(each: T) -> None:
+            await copy(each)
+            await pace.keep()
+
+        limit = self.max_concurrency if self.run_in_thread else 1
+        if limit > 1 and len(several) > 1:
+            await side_by_side(several, one, limit)
+        else:
+            for each in several:
+                await one(each)
 
     # In threads ---------------------------------------------------------------------------------
 
