@@ -37,7 +37,7 @@ from coalestra.core.errors import PayloadCopySubsystemClosedError, PayloadIsolat
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.values import SnapshotValue
-from tests.support import ThreadGate
+from tests.support import Panic, ThreadGate
 
 
 class Side(enum.Enum):
@@ -634,10 +634,6 @@ async def test_a_component_with_a_copier_of_its_own_uses_it_for_payloads_others_
     assert sealed is not None
     cache = PayloadCopies("cache", copier=lambda value: ("mine", value))
     assert cache.open_now(*sealed, context="test") == ("mine", [1])
-
-
-class Panic(BaseException):
-    """No ordinary exception, as test frameworks, Rust and greenlets raise them."""
 
 
 ODD_ERRORS = [StopIteration, Panic, GeneratorExit, asyncio.CancelledError, StopAsyncIteration]

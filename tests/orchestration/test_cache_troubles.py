@@ -67,6 +67,7 @@ from tests.support import (
     Gate,
     LoopClock,
     ManualClock,
+    Panic,
     begun,
     cancel_at_every_await,
     drop,
@@ -78,10 +79,6 @@ from tests.support.running import without_collector
 KEYS = [key("b", str(number)) for number in range(5)]
 Kind = Callable[[], SingleKeyCache]
 KINDS = pytest.mark.parametrize("kind", FOREIGN, ids=lambda kind: kind.__name__)
-
-
-class Panic(BaseException):
-    """No ordinary exception."""
 
 
 class Held:

@@ -23,7 +23,7 @@ from coalestra.orchestration.closing import insist
 from tests.contracts.caches import BatchCache, LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Derived, Single, builder, key, tuned
 from tests.orchestration.stock import Stock
-from tests.support import Gate, ThreadGate, VirtualLoop, begun, run_virtual, settle
+from tests.support import Gate, Panic, ThreadGate, VirtualLoop, begun, run_virtual, settle
 from tests.support.running import no_more_threads
 
 K = key("k")
@@ -320,9 +320,6 @@ async def test_a_cancellation_wins_over_an_error_of_closing(end: str) -> None:
 async def test_an_end_of_the_block_wins_over_what_is_no_ordinary_exception_of_a_managed_part(
     end: type[BaseException], caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Panic(BaseException):
-        pass
-
     class Panicking(Single):
         def close(self) -> None:
             raise Panic("cannot close")

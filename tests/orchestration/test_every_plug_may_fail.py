@@ -33,16 +33,12 @@ from coalestra.orchestration.singleflight import SingleFlight
 from coalestra.orchestration.tracing import CallLog
 from tests.contracts.caches import BatchAtomicCache, LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key, latency
-from tests.support import EPOCH, LoopClock, VirtualLoop, begun, no_leaks, run_virtual, settle
+from tests.support import EPOCH, LoopClock, Panic, VirtualLoop, begun, no_leaks, run_virtual, settle
 
 BASES = [key("base", str(number)) for number in range(3)]
 KEYS = [*BASES, key("derived"), key("single"), key("late")]
 SERVED_STALE = FreshnessPolicy(5, 500, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
 MOST_CALLS = 60
-
-
-class Panic(BaseException):
-    """No ordinary exception."""
 
 
 class Answering:

@@ -17,6 +17,7 @@ from coalestra import (
     ResourceResolutionError,
     Snapshot,
     SnapshotBuilder,
+    SnapshotBuildError,
     SnapshotRequest,
     SourcePayload,
 )
@@ -253,24 +254,6 @@ async def test_a_deadline_while_dependencies_are_copied_is_counted_and_told_as_t
     stuck.gate.open()
 
 
-async def test_what_cannot_be_copied_out_costs_a_session_no_other_value() -> None:
-    class Once:
-        copied = False
-
-        def __deepcopy__(self, memo: Any) -> Once:
-            if self.copied:
-                raise ValueError("a copy of a copy")
-            copy = Once()
-            copy.copied = True
-            return copy
-
-    session = builder(Stock("k", {"k": Once(), "l": 1})).session()
-    await session.resolve([K, key("l")], strict=False)
-    for snapshot in (session.snapshot(), await session.snapshot_async()):
-        assert list(snapshot) == [key("l")]
-        assert isinstance(snapshot.errors[K], PayloadIsolationError)
-
-
 @pytest.mark.parametrize("threads", [False, True])
 @pytest.mark.parametrize("payload", ["small", ["large"] * 100])
 async def test_what_can_be_copied_no_longer_costs_a_build_no_other_value(
@@ -298,7 +281,7 @@ async def test_what_can_be_copied_no_longer_costs_a_build_no_other_value(
 
 @pytest.mark.parametrize("where", ["payload", "metadata"])
 @pytest.mark.parametrize("number", [1, 2, 1_100])
-async def test_what_says_no_to_its_next_copy_costs_a_build_no_other_value(
+async def test_what_says_no_to_its_next_copy_costs_a_build_or_a_session_no_other_value(
     where: str, number: int
 ) -> None:
     broken: list[str] = []
@@ -319,11 +302,18 @@ async def test_what_says_no_to_its_next_copy_costs_a_build_no_other_value(
     building = builder(Single("k", fetch=fetch))
     for _ in range(2):
         assert (await building.build(keys)).complete
+    session = building.session()
+    await session.resolve(keys)
     broken.append("not today")
-    for _ in range(2):
-        snapshot = await building.build(keys, strict=False)
+    for snapshot in (
+        *[await building.build(keys, strict=False) for _ in range(2)],
+        session.snapshot(),
+        await session.snapshot_async(),
+    ):
         assert list(snapshot) == keys[1:]
         assert isinstance(snapshot.errors[K], PayloadIsolationError)
+    with pytest.raises(SnapshotBuildError):
+        await building.build(keys)
 
 
 @pytest.mark.parametrize("by", ["payload", "copier"])

@@ -39,7 +39,7 @@ from coalestra import (
 )
 from tests.orchestration.scripted import Derived, Single, builder, echo, key, latency
 from tests.orchestration.stock import Stock, shown
-from tests.support import EPOCH, Gate, LoopClock, begun, settle
+from tests.support import EPOCH, Gate, LoopClock, Panic, begun, settle
 
 A, B, C = key("a"), key("b"), key("c")
 DOWN = SourceUnavailableError("down")
@@ -307,10 +307,6 @@ async def test_the_error_that_a_caller_is_handling_keeps_its_traceback(ask: Ask)
         result = await ask(serving(a=1), faulty(ZeroDivisionError()))
         traces = result.error.__traceback__, own.__traceback__
     assert (traces[0], traces[1] is None) == (None, False)
-
-
-class Panic(BaseException):
-    """No ordinary exception."""
 
 
 @both

@@ -33,6 +33,7 @@ from tests.support import (
     EPOCH,
     Gate,
     ManualClock,
+    Panic,
     ThreadGate,
     begun,
     lines_run,
@@ -380,10 +381,6 @@ async def test_a_single_key_in_the_place_of_many_is_a_type_error() -> None:
 
 
 # A policy that cannot be told
-
-
-class Panic(BaseException):
-    """What is no ordinary exception."""
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ from tests.orchestration.scripted import (
 )
 from tests.support import (
     Gate,
+    Panic,
     ThreadGate,
     VirtualLoop,
     begun,
@@ -67,10 +68,6 @@ from tests.support.running import without_collector
 pytestmark = pytest.mark.concurrency
 
 BAD, GOOD, NEXT = key("bad"), key("good"), key("next")
-
-
-class Panic(BaseException):
-    """No ordinary exception, as test frameworks and other languages raise them."""
 
 
 def group(error: BaseException) -> BaseException:

@@ -731,21 +731,25 @@ async def test_a_tracer_sees_the_build_and_attempts_below_it_and_is_current_in_c
     assert spans.ended["call 2"] == ({"outcome": "success"}, None)
 
 
-async def test_a_tracer_sees_one_who_joined_with_how_long_and_the_call_that_served() -> None:
+@pytest.mark.parametrize("deadline, waited", [(None, 1.5), (1.0, 1.0)])
+async def test_a_tracer_sees_who_joined_or_gave_up_with_how_long_and_the_call_that_served(
+    deadline: float | None, waited: float
+) -> None:
     spans = Spans()
     b = builder(Single("a", fetch=latency(2)), tracer=spans)
     first = await begun(b.build([A], snapshot_id="first"))
     await asyncio.sleep(0.5)
-    await b.build([A])
+    await b.build([A], deadline_seconds=deadline, strict=False)
     ((parent, call, seconds, attributes),) = spans.joins
     assert (parent, call) == ("build 2", "call 1")
-    assert seconds == pytest.approx(1.5)
+    assert seconds == pytest.approx(waited)
     assert attributes == {
         "snapshot_id": "first",
         "resource_namespace": "test",
         "resource_name": "a",
     }
     await first
+    assert len(spans.joins) == 1
 
 
 async def test_a_tracer_sees_a_refresh_linked_to_what_set_it_off() -> None:
@@ -795,18 +799,6 @@ async def test_stages_of_one_session_at_the_same_time_have_each_its_own_span(awa
     ((waiting, _, seconds, _),) = spans.joins
     assert waiting in set(resolved) - {calls["a"][0], calls["d"][0]}
     assert seconds == pytest.approx(5, abs=0.01)
-
-
-async def test_a_tracer_sees_one_who_gave_up_waiting_for_the_call_of_another() -> None:
-    spans = Spans()
-    b = builder(Single("a", fetch=latency(5)), tracer=spans)
-    first = await begun(b.build([A], snapshot_id="first"))
-    await b.build([A], deadline_seconds=1.0, strict=False)
-    ((parent, call, seconds, attributes),) = spans.joins
-    assert (parent, call, attributes["snapshot_id"]) == ("build 2", "call 1", "first")
-    assert seconds == pytest.approx(1.0)
-    await first
-    assert len(spans.joins) == 1
 
 
 async def test_a_stage_that_raises_has_failed_with_what_it_raises() -> None:

@@ -14,7 +14,6 @@ from coalestra import (
     FreshnessPolicy,
     InMemoryMetrics,
     NullEventSink,
-    PayloadIsolationError,
     RequestOutcome,
     ResourceAcceptanceRule,
     SnapshotAcceptancePolicy,
@@ -282,25 +281,6 @@ async def test_what_takes_a_thread_to_be_copied_is_read_warm_all_the_same(count:
     for _ in range(3):
         snapshot = await building.build(MANY[:count])
         assert [value.value for value in snapshot.values()] == [large] * count
-
-
-async def test_what_can_be_copied_no_more_fails_its_key_in_a_warm_read_too() -> None:
-    left = iter(range(2))
-
-    class Payload:
-        def __deepcopy__(self, memo: object) -> Payload:
-            if next(left, None) is None:
-                raise TypeError("no more copies")
-            return self
-
-    building = builder(Batch("x", answer=lambda k: Payload() if k == MANY[0] else "plain"))
-    await building.build(MANY[:1])
-    for keys in (MANY[:1], MANY[:2]):
-        snapshot = await building.build(keys, strict=False)
-        assert [type(error) for error in snapshot.errors.values()] == [PayloadIsolationError]
-        with pytest.raises(SnapshotBuildError):
-            await building.build(keys)
-    assert snapshot.value(MANY[1]) == "plain"
 
 
 @pytest.mark.usefixtures("slices")

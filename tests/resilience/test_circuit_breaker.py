@@ -21,7 +21,7 @@ from coalestra.resilience import (
     CircuitState,
     Outcome,
 )
-from tests.support import ManualClock
+from tests.support import ManualClock, Panic
 
 BTC = ResourceKey("market", "price", "BTC")
 ETH = ResourceKey("market", "price", "ETH")
@@ -379,10 +379,6 @@ class FailingClock(ManualClock):
         if isinstance(self.says, BaseException):
             raise self.says
         return super().monotonic() if self.says is None else self.says
-
-
-class Panic(BaseException):
-    """No ordinary exception."""
 
 
 @pytest.mark.parametrize("outcome", Outcome)

@@ -33,6 +33,7 @@ from coalestra import (
 )
 from tests.contracts.caches import LeasingCache
 from tests.orchestration.scripted import Batch, Derived, Single, key
+from tests.support import Panic
 
 TICK = 1e-6
 """How far the clock moves with every reading, so that no two readings tie."""
@@ -40,10 +41,6 @@ TICK = 1e-6
 
 PAIR = [key("pair", "one"), key("pair", "two")]
 """Two keys without a source: what is known of them comes from events, of both at once."""
-
-
-class Panic(BaseException):
-    """No ordinary exception."""
 
 
 TROUBLE: tuple[Callable[[], BaseException], ...] = (

@@ -45,6 +45,10 @@ def no_more_threads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(threading.Thread, "start", refuse)
 
 
+class Panic(BaseException):
+    """No ordinary exception, as test frameworks, Rust and greenlets raise them."""
+
+
 class Leak(AssertionError):
     """A test ended and something of it was still alive."""
 
