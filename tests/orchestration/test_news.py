@@ -126,24 +126,6 @@ async def test_a_forced_derivation_undoes_no_event_nor_outlives_its_end(change: 
         assert len(source.calls) == 3
 
 
-async def test_waiters_get_the_event_when_every_source_fails_meanwhile() -> None:
-    gate = Gate()
-
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        await gate.pass_()
-        raise ConnectionError("down")
-
-    policy = FreshnessPolicy(1_000, 2_000, allow_stale_on_error=False)
-    building = builder(Single("base", fetch=fetch), default_policy=policy)
-    early = await begun(building.build([BASE]), gate)
-    await building.publisher.publish(BASE, "event", source="stream")
-    gate.open()
-    snapshot = await early
-    assert snapshot.value(BASE) == "event"
-    assert not snapshot[BASE].stale
-    assert "fallback_error" not in snapshot[BASE].metadata
-
-
 # Caches that have to be awaited -----------------------------------------------------------------
 
 

@@ -305,33 +305,24 @@ async def test_an_acceptance_violation_always_raises_and_changes_nothing(strict:
 # What is refused
 
 
-async def test_no_keys_is_a_value_error() -> None:
-    session = await Shop().session(BASE)
-    with pytest.raises(ValueError, match="keys"):
-        await session.revalidate([])
-
-
-async def test_a_key_that_the_session_has_not_resolved_is_a_value_error() -> None:
+async def test_what_cannot_be_meant_is_a_value_error_and_nobody_is_asked() -> None:
+    """No keys, keys without a value in the session, and a policy that names another key."""
     shop = Shop()
     shop.stock.change(other=SourceUnavailableError("down"))
     session = await shop.session(TOP)
     await session.resolve([OTHER], strict=False)
     before = session.snapshot()
-    for unknown in (key("never"), OTHER):
-        with pytest.raises(ValueError, match=str(unknown)):
-            await session.revalidate([TOP, unknown])
+    of_other = {OTHER: ResourceAcceptanceRule(max_age_seconds=1)}
+    policy = SnapshotAcceptancePolicy(resource_rules=of_other)
+    refused: list[tuple[list[ResourceKey], SnapshotAcceptancePolicy | None, str]] = [
+        ([], None, "keys"),
+        *[([TOP, unknown], None, str(unknown)) for unknown in (key("never"), OTHER)],
+        ([TOP], policy, r"acceptance_policy.*other"),
+    ]
+    for keys, acceptance_policy, told in refused:
+        with pytest.raises(ValueError, match=told):
+            await session.revalidate(keys, acceptance_policy=acceptance_policy)
     assert unchanged(session, before)
-    assert len(shop.stock.calls) == 2
-
-
-async def test_a_policy_that_names_another_key_is_a_value_error() -> None:
-    shop = Shop()
-    session = await shop.session(BASE, OTHER)
-    policy = SnapshotAcceptancePolicy(
-        resource_rules={OTHER: ResourceAcceptanceRule(max_age_seconds=1)}
-    )
-    with pytest.raises(ValueError, match=r"acceptance_policy.*other"):
-        await session.revalidate([BASE], acceptance_policy=policy)
     assert len(shop.stock.calls) == 2
 
 

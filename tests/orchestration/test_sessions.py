@@ -372,14 +372,6 @@ async def test_flags_must_be_bools(argument: str) -> None:
         await session.resolve([BASE], **wrong)
 
 
-async def test_a_single_key_in_the_place_of_many_is_a_type_error() -> None:
-    session = await Shop().session()
-    with pytest.raises(TypeError, match="keys"):
-        await session.resolve(BASE)  # type: ignore[arg-type]  # that is the point
-    with pytest.raises(TypeError, match="keys"):
-        await session.resolve(["base"])  # type: ignore[list-item]  # that is the point
-
-
 # A policy that cannot be told
 
 
