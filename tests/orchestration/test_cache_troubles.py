@@ -281,6 +281,27 @@ async def test_what_waits_at_a_hanging_cache_is_given_up_in_time(kind: Kind, wha
     assert await seconds(building.aclose()) < 5
 
 
+async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> None:
+    cache, gate = hanging(SingleKeyCache, "get")
+    task = await begun(builder(Single("k"), cache=cache).build([key("k")]), gate)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await settle()
+    assert gate.waiting == 0
+
+
+async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not() -> None:
+    cache, gate = hanging(SingleKeyCache, "get")
+    cache.held[key("k")] = value_of(key("k"), "cached", observed_at=LoopClock().now())
+    building = builder(Single("k"), cache=cache, clock=LoopClock())
+    patient = await begun(building.build([key("k")]), gate)
+    hasty = await building.build([key("k")], deadline_seconds=0.5)
+    assert hasty.value(key("k")) == ""
+    gate.open()
+    assert (await patient).value(key("k")) == "cached"
+    await building.aclose()
+
+
 # Whatever it answers ------------------------------------------------------------------------------
 
 

@@ -35,13 +35,10 @@ from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import (
     EPOCH,
-    Gate,
     LoopClock,
     ThreadGate,
-    begun,
     cancel_at_every_await,
     no_leaks,
-    settle,
 )
 
 Make = Callable[[], Any]
@@ -248,23 +245,6 @@ async def test_stats_that_raise_or_hang_fail_no_health(error: type[BaseException
     assert (await building.health_snapshot()).cache is None
 
 
-# Caches that hang
-
-
-class Hanging(SingleKeyCache):
-    """Waits at a gate in every call that is named."""
-
-    def __init__(self, *where: str) -> None:
-        super().__init__()
-        self.gate = Gate()
-        self.where = set(where)
-
-    async def _travel(self, call: str) -> None:
-        self.calls.append(call)
-        if call in self.where:
-            await self.gate.pass_()
-
-
 @pytest.mark.parametrize("counts", [{}, {"calls": None}, 5, {"calls": "1", "failures": 2}])
 async def test_a_cache_that_tells_odd_things_of_itself_does_not_fail_health(counts: Any) -> None:
     class Odd(SingleKeyCache):
@@ -283,27 +263,6 @@ async def test_a_cache_that_tells_odd_things_of_itself_does_not_fail_health(coun
     health = await shop.builder.health_snapshot()
     assert (health.cache_left_alone, health.cache_failure_count) == (False, 0)
     assert health.cache_call_count > 0
-
-
-async def test_a_hanging_cache_read_does_not_outlive_the_readers_who_left() -> None:
-    cache = Hanging("get")
-    building = builder(Single("k"), cache=cache)
-    task = await begun(building.build([key("k")]), cache.gate)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    await settle()
-    assert cache.gate.waiting == 0
-
-
-async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not() -> None:
-    cache = Hanging("get")
-    cache.held[key("k")] = value_of(key("k"), "cached", observed_at=LoopClock().now())
-    building = builder(Single("k"), cache=cache, clock=LoopClock())
-    patient = await begun(building.build([key("k")]), cache.gate)
-    hasty = await building.build([key("k")], deadline_seconds=0.5)
-    assert hasty.value(key("k")) == ""
-    cache.gate.open()
-    assert (await patient).value(key("k")) == "cached"
 
 
 class SlowToCopy:

@@ -131,14 +131,6 @@ async def test_a_fetched_key_says_which_call_brought_it_and_when() -> None:
 
 
 async def test_a_cache_that_is_awaited_is_a_wait() -> None:
-    gate = Gate(opened=True)
-
-    class Slow(SingleKeyCache):
-        async def get(self, key: ResourceKey, **more: Any) -> Any:
-            await gate.pass_()
-            await asyncio.sleep(0.2)
-            return await super().get(key, **more)
-
     b = builder(Single("a"), cache=Slow())
     trace = trace_of(await b.build([A], trace=True))
     wait = trace.keys[A].waits[0]
