@@ -32,6 +32,8 @@ from coalestra import (
     SnapshotRequest,
     SourceResiliencePolicy,
 )
+from tests.contracts.caches import SingleKeyCache
+from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
 from tests.support import EPOCH, Gate, ManualClock, begun, loop_turn, settle
 
@@ -176,6 +178,28 @@ async def test_order_does_not_depend_on_a_clock_that_stands_still() -> None:
     gate.open()
     assert (await reader).value(key("x")) == "event"
     assert (await building.build([key("x")])).value(key("x")) == "event"
+
+
+async def test_a_reading_that_ends_between_two_looks_at_the_clock_undoes_no_event() -> None:
+    """Another process has published it, after the reading had begun."""
+
+    class Running(ManualClock):
+        def monotonic(self) -> float:
+            read = super().monotonic()
+            self.advance(1)
+            return read
+
+    clock, cache = Running(), SingleKeyCache()
+
+    async def fetch(key: ResourceKey, context: FetchContext) -> str:
+        cache.held[key] = value_of(key, "event", observed_at=clock.now() - 0.5)
+        clock.advance(10)
+        return "fetched"
+
+    building = builder(Single("x", fetch=fetch), clock=clock, cache=cache)
+    await building.build([key("x")])
+    await settle()
+    assert cache.held[key("x")].value == "event"
 
 
 async def test_a_wall_clock_that_is_set_back_makes_no_value_young_again() -> None:

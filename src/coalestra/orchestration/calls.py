@@ -1213,7 +1213,7 @@ class Call:
         parts, link, flights = self.parts, self.link, tuple(self.flights)
         if self.log is not None:
             self.log.ended("success")
-        ended_at = parts.clock.monotonic()
+        ended_at = self._ended()
         self.latency_ms = (ended_at - attempt.ticks) * 1000
         self._count_latency(self.latency_ms)
         many = len(flights) > PORTION
@@ -1367,7 +1367,7 @@ class Call:
         try:
             begun = run(_begin, following.call, self.link, flight.key, inputs, self.work.context)
             if following.led() and begun[0] is None:
-                ended_at = self.parts.clock.monotonic()
+                ended_at = self._ended()
                 self.latency_ms = (ended_at - following.ticks) * 1000
                 if flight.phase is not _CALLING:
                     return None  # nobody waits for it any more
@@ -1643,13 +1643,20 @@ class Call:
         if self.parts.report is not None:
             self.parts.report.observe("source_fetch_latency_ms", latency_ms, source=name)
 
+    def _ended(self) -> float:
+        """Return when the source has answered, in monotonic seconds; the wall clock is read first.
+
+        Else the reading would seem to have begun later than it did, and than an event in between.
+        """
+        self.answered_at = self.parts.clock.now()
+        return self.parts.clock.monotonic()
+
     def _count_answer(self, ended_at: float) -> None:
         """Note when the source answered, and whether that was too late."""
         link = self.link
         link.succeeded_at = ended_at
         late = self.cutoff != math.inf and self.cutoff < asyncio.get_running_loop().time()
         link.deadline_cuts = link.deadline_cuts + 1 if late else 0
-        self.answered_at = self.parts.clock.now()
 
     def _count_batch_end(self, status: str) -> None:
         """Count how a batch call ended; other calls are counted by their keys alone."""
