@@ -280,7 +280,7 @@ async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how:
 
 @pytest.mark.parametrize("kind", ["single", "batch", "derived", "needed"])
 @pytest.mark.parametrize("ends_by", ["cancellation", "deadline"])
-@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("is_first", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wanted", [1, 3])
 async def test_who_comes_while_a_call_that_nobody_waited_for_ends_is_served(
     monkeypatch: pytest.MonkeyPatch, kind: str, ends_by: str, is_first: bool, wanted: int
