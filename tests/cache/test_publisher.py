@@ -19,7 +19,11 @@ from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.pace import Pace
 from coalestra.concurrency.sealing import PORTION
-from coalestra.core.errors import PayloadCopyShutdownTimeoutError, SourceProtocolError
+from coalestra.core.errors import (
+    PayloadCopyShutdownTimeoutError,
+    PayloadIsolationError,
+    SourceProtocolError,
+)
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
@@ -40,6 +44,7 @@ from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, Si
 from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, value_of
 from tests.orchestration.scripted import Single, builder, held_at
 from tests.support import Gate, ManualClock, begun, cancel_at_every_await, settle
+from tests.support.running import without_collector
 
 
 def shared(
@@ -563,3 +568,23 @@ async def test_an_event_for_a_key_without_a_policy_is_refused_unwritten(answer: 
         with pytest.raises(TypeError, match="^policy must be a FreshnessPolicy, got"):
             await publishing
     assert await cache.size() == 0
+
+
+class Uncopyable:
+    """Is not to be copied."""
+
+    def __deepcopy__(self, memo: Any) -> Uncopyable:
+        raise TypeError
+
+
+async def test_an_event_that_cannot_be_copied_is_gone_with_its_error() -> None:
+    publisher = standalone(AsyncMemoryCache())
+    with without_collector():
+        payload = Uncopyable()
+        alive = weakref.ref(payload)
+        try:
+            await publisher.publish(A, payload, source="s")
+        except PayloadIsolationError:
+            del payload
+        await settle()
+        assert alive() is None

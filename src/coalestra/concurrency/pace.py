@@ -68,13 +68,20 @@ async def all_or_none(coroutines: Iterable[Any]) -> None:
         tasks.clear()
         raise
     finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True) if tasks else []
+        errors = await _ended(tasks)
+        tasks.clear()
+    # An error that its own traceback leads to would live, with its payloads, until a collection.
+    while errors:
+        raise errors.pop(0)
+
+
+async def _ended(tasks: Collection[asyncio.Task[Any]]) -> list[BaseException]:
+    """End all tasks and return what they raised, the culprit first."""
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True) if tasks else []
     errors = [each for each in ended if isinstance(each, BaseException)]
-    errors.sort(key=lambda error: isinstance(error, asyncio.CancelledError))  # the culprit first
-    for error in errors:
-        raise error
+    return sorted(errors, key=lambda error: isinstance(error, asyncio.CancelledError))
 
 
 class Pace:
