@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any
 
@@ -40,7 +41,7 @@ from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
 from coalestra.orchestration.calls import Call
 from coalestra.orchestration.flights import FlightBoard
-from coalestra.orchestration.singleflight import Agenda, SingleFlight
+from coalestra.orchestration.singleflight import Agenda, Engine, SingleFlight
 from tests.contracts.caches import BatchAtomicCache
 from tests.orchestration.scripted import (
     Batch,
@@ -431,6 +432,21 @@ def test_an_interrupt_at_any_place_leaves_no_key_that_nobody_acquires(struck: Fu
 
     count = 1
     while count <= world(count):
+        count += 1
+    assert count > 2
+
+
+def test_an_interrupt_as_a_builder_comes_to_a_loop_keeps_no_later_loop_out() -> None:
+    def places(at: int) -> int:
+        building = SnapshotBuilder([Single("k")])
+        publish = partial(building.publisher.publish, key("k"), 1, source="s", force=True)
+        reached = interrupted_within({Engine.attach.__code__}, at, lambda: asyncio.run(publish()))
+        assert asyncio.run(publish()).published
+        asyncio.run(building.aclose())
+        return reached
+
+    count = 1
+    while count <= places(count):
         count += 1
     assert count > 2
 

@@ -2049,7 +2049,7 @@ class Engine:
         self._joining_store = None if followed else parts.access.store
         self._stages: dict[Stage, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._moves: dict[str, asyncio.AbstractEventLoop] = {}
+        self._moves: dict[asyncio.AbstractEventLoop | None, asyncio.AbstractEventLoop] = {}
         self.closed: bool = False
 
     async def run(self, stage: Stage) -> None:
@@ -2184,7 +2184,11 @@ class Engine:
             return loop
         self.parts.access.attach()
         # Only one moves it at a time, and says so before it looks whether anything is under way.
-        if self._moves.setdefault("to", loop) is not loop:
+        # After one whose loop was closed, as an interrupt had ended it half-way, comes the next.
+        mover = self._moves.setdefault(None, loop)
+        while mover is not loop and mover.is_closed():
+            mover = self._moves.setdefault(mover, loop)
+        if mover is not loop:
             raise _elsewhere()
         before, self._loop = self._loop, loop
         try:
@@ -2194,7 +2198,7 @@ class Engine:
             self._loop = before
             raise
         finally:
-            del self._moves["to"]
+            self._moves.clear()
         return loop
 
     def _leave(self, before: asyncio.AbstractEventLoop) -> None:
