@@ -20,12 +20,7 @@ import pytest
 
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
-from tests.support.strikes import (
-    at_every_line,
-    in_an_interpreter_of_its_own,
-    lines_of,
-    traced,
-)
+from tests.support.strikes import at_every_line, in_an_interpreter_of_its_own, lines_of, traced
 from tests.sync.sources import Prices, builder
 from tests.sync.steps import PATIENCE, PRICE, VOLUME, in_thread, outcome
 
