@@ -347,7 +347,7 @@ def test_counting_circuits_runs_no_code_of_their_names_in_which_others_could_com
 
 def test_a_breaker_works_outside_of_any_task() -> None:
     """Nothing waits, so that any other loop, or none, may drive it."""
-    breaker = CircuitBreaker(failure_threshold=1)
+    breaker = CircuitBreaker(failure_threshold=1, clock=ManualClock())
     with pytest.raises(StopIteration) as admitted:
         breaker.before_call("rest").send(None)
     with pytest.raises(StopIteration):
