@@ -223,9 +223,10 @@ def test_the_matrix_never_skips_the_python_it_runs_on() -> None:
 def test_every_python_runs_the_suite_in_order_and_eagerly_or_else_shuffled(
     version: str, loop: str
 ) -> None:
-    in_order, differently = kinds_of_runs(version)
+    in_order, differently = kinds_of_runs(version, slow=True)
     assert in_order == ["--worlds=50"]
     assert differently[0] == f"--loop={loop}"
+    assert kinds_of_runs(version, slow=False) == [[*in_order, "-m", "not slow"], differently]
 
 
 def test_the_closing_line_counts_the_tests_of_all_runs() -> None:
