@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, TypeAlias, cast
 
@@ -82,12 +81,12 @@ class CallableAdapter(AdapterSettings):
         self._function: Callable[..., Any] = function
         self._in_thread = self.run_sync_in_thread and not validation.is_coroutine_function(function)
         self.blocking_io_offloaded: bool = self._in_thread
-        self._supports = self._asked_by("supports")
+        self._supports = self._given("supports")
 
-    def _asked_by(self, method: str) -> Callable[[ResourceKey], Any]:
-        """Return what asks the plain function that is given under the name of this method."""
-        function = validation.plain_function(method, vars(self).pop(method))
-        return partial(_answer, f"{method} of source {self.name!r}", function)
+    def _given(self, method: str) -> Callable[[ResourceKey], Any]:
+        """Take away the plain function that is given under the name of a method."""
+        function: Callable[[ResourceKey], Any] = vars(self).pop(method)
+        return validation.plain_function(method, function)
 
     async def _call(self, *arguments: Any) -> Any:
         """Return what the function returns, awaited if it is awaitable."""
@@ -102,14 +101,13 @@ class CallableAdapter(AdapterSettings):
 
     def supports(self, key: ResourceKey) -> bool:
         """Return whether this source can answer for `key`: what the function says, as a bool."""
-        return bool(self._supports(key))
+        answer: bool = self._supports(key)
+        if answer is True or answer is False:
+            return answer
+        return bool(validation.at_once(f"supports of source {self.name!r}", answer))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(name={self.name!r}, priority={self.priority!r})"
-
-
-def _answer(name: str, function: Callable[[ResourceKey], Any], key: ResourceKey) -> Any:
-    return validation.at_once(name, function(key))
 
 
 def as_payload(value: Any) -> SourcePayload[Any]:
@@ -211,11 +209,12 @@ class CallableDerivedSource(CallableAdapter, DerivedSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._dependencies = self._asked_by("dependencies")
+        self._dependencies = self._given("dependencies")
 
     def dependencies(self, key: ResourceKey) -> Collection[ResourceKey]:
         """Return the keys that `key` is computed from; the builder checks that they are keys."""
-        declared = self._dependencies(key)
+        name = f"dependencies of source {self.name!r}"
+        declared = validation.at_once(name, self._dependencies(key))
         if isinstance(declared, (tuple, list, Collection)) or not isinstance(declared, Iterable):
             return declared
         return tuple(declared)
