@@ -728,9 +728,9 @@ class Reporter:
         return status
 
     def observe(self, metric: str, value: float, **labels: str) -> None:
-        """Observe a value, in the unit that the name of the metric tells."""
+        """Observe a value, in the unit that the name of the metric tells: to the microsecond."""
         if self._counting:
-            self._hand("metrics", "observe", (metric, value), labels.items())
+            self._hand("metrics", "observe", (metric, round(value, 3)), labels.items())
 
     def tell(self, event_type: str, **facts: Any) -> None:
         """Tell these facts of an event, and count it if it counts.

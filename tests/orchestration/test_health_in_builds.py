@@ -21,6 +21,7 @@ from coalestra import (
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
+    InMemoryMetrics,
     RefreshMode,
     ResourceKey,
     RetryPolicy,
@@ -31,7 +32,7 @@ from coalestra import (
 from tests.contracts.caches import SingleKeyCache
 from tests.orchestration.scripted import ONCE, Derived, Single, builder, held_at, key
 from tests.orchestration.stock import BASE, Shop, Stock
-from tests.support import Gate, begun, settle
+from tests.support import Gate, ManualClock, begun, settle
 
 K = key("k")
 
@@ -297,3 +298,21 @@ async def test_a_flight_that_only_refreshes_says_that_no_reader_waits() -> None:
 async def test_how_many_flights_are_wanted_must_be_a_count(limit: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="limit must be"):
         builder(Single("k")).flights_under_way(limit=limit)
+
+
+async def test_times_are_told_to_the_microsecond() -> None:
+    """What the digits of a clock say beyond that is noise, which hides the rest."""
+    clock, metrics = ManualClock(), InMemoryMetrics()
+
+    async def take_a_while(*_: Any) -> int:
+        clock.advance(0.123_456_789)
+        return 1
+
+    building = builder(Single("slow", "k", fetch=take_a_while), clock=clock, metrics=metrics)
+    await building.build([K])
+    clock.advance(0.123_456_789)
+    fared = building.health_snapshot_nowait().sources["slow"]
+    assert (fared.seconds_since_success, fared.total_latency_ms) == (0.123_457, 123.457)
+    observed = metrics.summary("source_fetch_latency_ms", source="slow")
+    assert observed is not None
+    assert observed.total == 123.457

@@ -129,10 +129,10 @@ class Link:
         return _limit_of(self.source, self.name, "max_batch_size")
 
     def health(self, now: float) -> SourceHealth:
-        """Return how the source has fared, at `now` in monotonic seconds."""
-        answered = None if self.succeeded_at is None else now - self.succeeded_at
-        failed = None if self.failed_at is None else now - self.failed_at
-        counts = self.attempts, self.failed_attempts, self.latency_ms, self.deadline_cuts
+        """Return how the source has fared, at `now` in monotonic seconds; to the microsecond."""
+        answered = None if self.succeeded_at is None else round(now - self.succeeded_at, 6)
+        failed = None if self.failed_at is None else round(now - self.failed_at, 6)
+        counts = self.attempts, self.failed_attempts, round(self.latency_ms, 3), self.deadline_cuts
         return SourceHealth(answered, failed, self.last_error, *counts)
 
     def __repr__(self) -> str:
