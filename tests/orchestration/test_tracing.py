@@ -464,16 +464,20 @@ class Slow(SingleKeyCache):
 # Bounds -------------------------------------------------------------------------------------------
 
 
-async def test_each_key_that_there_was_no_room_for_is_counted_once() -> None:
-    keys = [key("a", str(n)) for n in range(MOST_KEYS + 5)]
+async def test_each_key_that_there_was_no_room_for_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most_keys = 50
+    monkeypatch.setattr(tracing, "MOST_KEYS", most_keys)
+    keys = [key("a", str(n)) for n in range(most_keys + 5)]
     b = builder(Batch("a"), Derived("d", needs=lambda _: keys[:3]))
-    derived = [key("d", str(n)) for n in range(MOST_KEYS + 5)]
+    derived = [key("d", str(n)) for n in range(most_keys + 5)]
     assert trace_of(await b.build(derived, trace=True)).omitted_keys == 5 + 3
     async with b.session(trace=True) as session:
         first = await session.resolve(keys[:4])
         for _ in range(3):
             trace = trace_of(await session.resolve(keys))
-            assert (len(trace.keys), trace.omitted_keys) == (MOST_KEYS, 5)
+            assert (len(trace.keys), trace.omitted_keys) == (most_keys, 5)
         trace = trace_of(await session.revalidate(keys))
         assert len(trace.keys) + trace.omitted_keys == len(keys)
     assert trace_of(first).omitted_keys == 0
