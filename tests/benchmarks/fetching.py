@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coalestra import ResourceKey, SourcePayload
@@ -20,24 +20,24 @@ from tests.benchmarks.stock import (
     price,
     single_source,
 )
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import FLOOR, OURS, Subjects
 from tests.benchmarks.workshop import Work, Workshop
 
 
-def cold(shop: Workshop, keys: Sequence[ResourceKey], *sources: Any) -> Subject:
+def cold(shop: Workshop, keys: Sequence[ResourceKey], *sources: Any) -> Callable[[], float]:
     """Return the building of a snapshot of keys by a builder that is new."""
     prepare = preparing(FreshBuilder(shop, *sources), lambda builder: builder.build(keys))
-    return Subject("coalestra", Role.OURS, shop.timed_fresh(prepare, len(keys)))
+    return shop.timed_fresh(prepare, len(keys))
 
 
-def floor(shop: Workshop, keys: Sequence[ResourceKey], fetch: Any) -> Subject:
+def floor(shop: Workshop, keys: Sequence[ResourceKey], fetch: Any) -> Callable[[], float]:
     """Return the same with a plain dictionary that is empty at first."""
 
     async def prepare() -> Work:
         entries: plain.Entries = {}
         return lambda: fetch(entries, keys)
 
-    return Subject("plain loop", Role.FLOOR, shop.timed_fresh(prepare, len(keys)))
+    return shop.timed_fresh(prepare, len(keys))
 
 
 async def plain_batch(
@@ -81,37 +81,31 @@ async def _answer(
     return {key: SourcePayload(make(key)) for key in keys}
 
 
-def batch(shop: Workshop, count: int = 1000) -> list[Subject]:
+def batch(shop: Workshop) -> Subjects:
     """Fetch many keys from a batch source."""
-    keys = keys_of(shop.scale.size(count))
-    rivals = Rivals(shop, keys, price)
-    rivals.fetching_in_batches()
-    return [
-        cold(shop, keys, lambda: batch_source(price)),
-        floor(shop, keys, plain_batch),
-        *rivals.subjects,
-    ]
+    keys = keys_of(shop.scale.size(1000))
+    return {
+        OURS: cold(shop, keys, lambda: batch_source(price)),
+        FLOOR: floor(shop, keys, plain_batch),
+        **Rivals(shop, keys, price).fetching_in_batches(),
+    }
 
 
-def single(shop: Workshop) -> list[Subject]:
+def single(shop: Workshop) -> Subjects:
     """Fetch keys from a source that answers one at a time, inline."""
     keys = keys_of(shop.scale.size(500))
-    rivals = Rivals(shop, keys, price)
-    rivals.fetching_singly()
-    return [
-        cold(shop, keys, lambda: single_source(price)),
-        floor(shop, keys, plain_single),
-        *rivals.subjects,
-    ]
+    return {
+        OURS: cold(shop, keys, lambda: single_source(price)),
+        FLOOR: floor(shop, keys, plain_single),
+        **Rivals(shop, keys, price).fetching_singly(),
+    }
 
 
-def derived(shop: Workshop) -> list[Subject]:
+def derived(shop: Workshop) -> Subjects:
     """Derive keys, each from its own base, the bases coming from a batch source."""
     keys = keys_of(shop.scale.size(200), "mark")
-    rivals = Rivals(shop, keys, price)
-    rivals.deriving()
-    return [
-        cold(shop, keys, derived_source, lambda: batch_source(price)),
-        floor(shop, keys, plain_derived),
-        *rivals.subjects,
-    ]
+    return {
+        OURS: cold(shop, keys, derived_source, lambda: batch_source(price)),
+        FLOOR: floor(shop, keys, plain_derived),
+        **Rivals(shop, keys, price).deriving(),
+    }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import tracemalloc
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
-from coalestra import ResourceKey, SnapshotBuilder
+from coalestra import ResourceKey
 from tests.benchmarks import plain
 from tests.benchmarks.rivals import installed
-from tests.benchmarks.stock import batch_source, builder_of, keys_of, number
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.stock import FreshBuilder, batch_source, keys_of, number
+from tests.benchmarks.subjects import FLOOR, OURS, Subjects
 from tests.benchmarks.workshop import Workshop
 
 Fill = Callable[[], Awaitable[object]]
@@ -33,47 +33,29 @@ async def weight(fill: Fill) -> float:
     return float(after - before)
 
 
-def cached_floats(shop: Workshop) -> list[Subject]:
+def cached_floats(shop: Workshop) -> Subjects:
     """Cache many floats; the keys belong to the caller and are not weighed, the floats are."""
     keys = keys_of(shop.scale.size(10_000))
+    builder = FreshBuilder(shop, lambda: batch_source(number))
 
-    def subject(name: str, role: Role, fill: Fill) -> Subject:
-        return Subject(name, role, lambda: shop.run(weight(fill)) / len(keys))
+    async def fill() -> object:
+        """Fill a new builder's cache by building a snapshot, and let the snapshot go."""
+        filled = await builder.renew()
+        await filled.build(keys)
+        return filled
 
-    return [
-        subject("coalestra", Role.OURS, _Filling(keys, shop).fill),
-        subject("plain loop", Role.FLOOR, lambda: _plainly(keys)),
-        *(subject(name, Role.RIVAL, fill) for name, fill in _rivals(keys)),
-    ]
+    async def plainly() -> plain.Entries:
+        return plain.filled(((key, number(key)) for key in keys), plain.same)
 
+    def weighed(fill: Fill) -> Callable[[], float]:
+        return lambda: shop.run(weight(fill)) / len(keys)
 
-class _Filling:
-    """Fills a new builder's cache by building a snapshot, and lets the snapshot go."""
-
-    def __init__(self, keys: Sequence[ResourceKey], shop: Workshop) -> None:
-        self._keys = keys
-        self._builder: SnapshotBuilder | None = None
-        shop.at_end(lambda: shop.run(self._close()))
-
-    async def fill(self) -> object:
-        await self._close()
-        self._builder = builder_of(batch_source(number))
-        await self._builder.build(self._keys)
-        return self._builder
-
-    async def _close(self) -> None:
-        if self._builder is not None:
-            await self._builder.aclose()
-            self._builder = None
+    fills: dict[str, Fill] = {OURS: fill, FLOOR: plainly, **dict(_rivals(keys))}
+    return {name: weighed(each) for name, each in fills.items()}
 
 
-async def _plainly(keys: Sequence[ResourceKey]) -> plain.Entries:
-    return plain.filled(((key, number(key)) for key in keys), plain.same)
-
-
-def _rivals(keys: Sequence[ResourceKey]) -> list[tuple[str, Fill]]:
+def _rivals(keys: Sequence[ResourceKey]) -> Iterator[tuple[str, Fill]]:
     texts = [str(key) for key in keys]
-    found: list[tuple[str, Fill]] = []
     if aiocache := installed("aiocache"):
 
         async def fill_aiocache() -> object:
@@ -81,7 +63,7 @@ def _rivals(keys: Sequence[ResourceKey]) -> list[tuple[str, Fill]]:
             await store.multi_set([(text, number(text)) for text in texts])
             return store
 
-        found.append(("aiocache", fill_aiocache))
+        yield "aiocache", fill_aiocache
     if async_lru := installed("async_lru"):
 
         async def fill_async_lru() -> object:
@@ -93,5 +75,4 @@ def _rivals(keys: Sequence[ResourceKey]) -> list[tuple[str, Fill]]:
                 await cached(key)
             return cached
 
-        found.append(("async-lru", fill_async_lru))
-    return found
+        yield "async-lru", fill_async_lru

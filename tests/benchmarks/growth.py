@@ -10,7 +10,7 @@ from tests.benchmarks import fetching, plain
 from tests.benchmarks.footprint import weight
 from tests.benchmarks.reading import warm
 from tests.benchmarks.stock import batch_source, keys_of, price
-from tests.benchmarks.subjects import PER_KEY, Line, Role, Subject
+from tests.benchmarks.subjects import PER_KEY, Line, Subjects
 from tests.benchmarks.workshop import Workshop
 
 SIZES = (1, 10, 100, 1_000, 10_000, 100_000)
@@ -23,25 +23,22 @@ def uncollected(name: str) -> str:
     return f"{name}, no collector"
 
 
-def subjects_at(size: int, shop: Workshop) -> list[Subject]:
+def subjects_at(size: int, shop: Workshop) -> Subjects:
     """Return the builds of so many keys, with and without collector, and a snapshot's weight."""
     keys = keys_of(shop.scale.size(size))
     entries = plain.filled(((key, price(key)) for key in keys), dict.copy)
     build = warm(shop, keys, price)
-    samplers = {
+    subjects = {
         WARM: shop.timed(build, len(keys)),
         PLAIN_WARM: shop.timed_blocking(lambda: plain.read_flat(entries, keys), len(keys)),
-        COLD: fetching.cold(shop, keys, lambda: batch_source(price)).sample,
-        PLAIN_COLD: fetching.floor(shop, keys, fetching.plain_batch).sample,
+        COLD: fetching.cold(shop, keys, lambda: batch_source(price)),
+        PLAIN_COLD: fetching.floor(shop, keys, fetching.plain_batch),
     }
-    return [
-        *(Subject(name, Role.OURS, sampler) for name, sampler in samplers.items()),
-        *(
-            Subject(uncollected(name), Role.FLOOR, _without_collector(sampler))
-            for name, sampler in samplers.items()
-        ),
-        Subject(WEIGHT, Role.YARDSTICK, lambda: shop.run(weight(build)) / len(keys)),
-    ]
+    return {
+        **subjects,
+        **{uncollected(name): _without_collector(each) for name, each in subjects.items()},
+        WEIGHT: lambda: shop.run(weight(build)) / len(keys),
+    }
 
 
 def _without_collector(sampler: Callable[[], float]) -> Callable[[], float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from time import thread_time, time
 from typing import Any
 
@@ -33,7 +33,7 @@ from coalestra import (
 from tests.benchmarks import plain
 from tests.benchmarks.reading import warm
 from tests.benchmarks.stock import POLICY, batch_source, builder_of, keys_of, price
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import FLOOR, OURS, Subjects
 from tests.benchmarks.workshop import Work, Workshop
 
 
@@ -68,7 +68,7 @@ class Heartbeat:
         self._last = now
 
 
-def longest_hold(shop: Workshop) -> list[Subject]:
+def longest_hold(shop: Workshop) -> Subjects:
     """Read many cached keys while a heartbeat asks for every turn of the loop."""
     keys = keys_of(shop.scale.size(10_000))
     ours = warm(shop, keys, price)
@@ -77,10 +77,7 @@ def longest_hold(shop: Workshop) -> list[Subject]:
     async def plainly() -> None:
         plain.read_flat(entries, keys)
 
-    return [
-        Subject("coalestra", Role.OURS, lambda: _held(shop, ours)),
-        Subject("plain loop", Role.FLOOR, lambda: _held(shop, plainly)),
-    ]
+    return {OURS: lambda: _held(shop, ours), FLOOR: lambda: _held(shop, plainly)}
 
 
 def _held(shop: Workshop, work: Work) -> float:
@@ -92,28 +89,20 @@ def _held(shop: Workshop, work: Work) -> float:
         gc.enable()
 
 
-Prepare = Callable[[Workshop, list[ResourceKey]], Awaitable[Work]]
+Prepare = Callable[[list[ResourceKey]], Coroutine[Any, Any, Work]]
 
 
-def _holds(prepare: Prepare) -> Callable[[Workshop], list[Subject]]:
-    """Return the subjects of a line whose work needs a new start for every sample."""
+def _holds(prepare: Prepare) -> Callable[[Workshop], Subjects]:
+    """Return what makes the subject of a line whose work needs a new start for every sample."""
 
-    def subjects(shop: Workshop) -> list[Subject]:
+    def subjects(shop: Workshop) -> Subjects:
         keys = keys_of(shop.scale.size(10_000))
-
-        def sample() -> float:
-            return _held(shop, shop.run(_prepared(prepare, shop, keys)))
-
-        return [Subject("coalestra", Role.OURS, sample)]
+        return {OURS: lambda: _held(shop, shop.run(prepare(keys)))}
 
     return subjects
 
 
-async def _prepared(prepare: Prepare, shop: Workshop, keys: list[ResourceKey]) -> Work:
-    return await prepare(shop, keys)
-
-
-async def _cold(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _cold(keys: list[ResourceKey]) -> Work:
     builder = builder_of(_ready(keys))
     return lambda: builder.build(keys)
 
@@ -128,7 +117,7 @@ def _ready(keys: list[ResourceKey]) -> CallableBatchSource:
     return _batch(fetch)
 
 
-async def _strike(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _strike(keys: list[ResourceKey]) -> Work:
     async def hang(asked: Collection[ResourceKey], context: FetchContext) -> Any:
         await asyncio.sleep(60)
 
@@ -136,15 +125,7 @@ async def _strike(shop: Workshop, keys: list[ResourceKey]) -> Work:
     return lambda: builder.build(keys, strict=False, deadline_seconds=0.1)
 
 
-async def _failing(shop: Workshop, keys: list[ResourceKey]) -> Work:
-    return _failing_by(CircuitScope.SOURCE, keys)
-
-
-async def _failing_by_resource(shop: Workshop, keys: list[ResourceKey]) -> Work:
-    return _failing_by(CircuitScope.RESOURCE, keys)
-
-
-def _failing_by(scope: CircuitScope, keys: list[ResourceKey]) -> Work:
+async def _failing(keys: list[ResourceKey], scope: CircuitScope = CircuitScope.SOURCE) -> Work:
     async def fail(asked: Collection[ResourceKey], context: FetchContext) -> Any:
         raise ConnectionError("down")
 
@@ -155,13 +136,17 @@ def _failing_by(scope: CircuitScope, keys: list[ResourceKey]) -> Work:
     return lambda: builder.build(keys, strict=False)
 
 
-async def _one_over_many(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _failing_by_resource(keys: list[ResourceKey]) -> Work:
+    return await _failing(keys, CircuitScope.RESOURCE)
+
+
+async def _one_over_many(keys: list[ResourceKey]) -> Work:
     total = ResourceKey("market", "total")
     builder = builder_of(_ready(keys), _derived("total", lambda _: keys))
     return lambda: builder.build([total])
 
 
-async def _many_derived(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _many_derived(keys: list[ResourceKey]) -> Work:
     def needs(key: ResourceKey) -> list[ResourceKey]:
         return [ResourceKey("market", "price", key.subject)]
 
@@ -170,25 +155,25 @@ async def _many_derived(shop: Workshop, keys: list[ResourceKey]) -> Work:
     return lambda: builder.build(doubles)
 
 
-async def _revalidated(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _revalidated(keys: list[ResourceKey]) -> Work:
     session = builder_of(batch_source(price)).session()
     await session.resolve(keys)
     return lambda: session.revalidate(keys)
 
 
-async def _invalidated(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _invalidated(keys: list[ResourceKey]) -> Work:
     builder = builder_of(batch_source(price))
     await builder.build(keys)
     return lambda: builder.publisher.invalidate_many(keys)
 
 
-async def _published(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _published(keys: list[ResourceKey]) -> Work:
     builder = builder_of(batch_source(price))
     updates = [ResourceUpdate(key, price(key), "feed") for key in keys]
     return lambda: builder.publisher.publish_many(updates)
 
 
-async def _replaced(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _replaced(keys: list[ResourceKey]) -> Work:
     policy = FreshnessPolicy(ttl_seconds=1.0, max_stale_seconds=1_000.0)
     builder = SnapshotBuilder([_ready(keys)], default_policy=policy)
     then = time() - 100.0
@@ -197,7 +182,7 @@ async def _replaced(shop: Workshop, keys: list[ResourceKey]) -> Work:
     return lambda: builder.build(keys)
 
 
-async def _requested(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _requested(keys: list[ResourceKey]) -> Work:
     builder = builder_of(batch_source(price))
     await builder.build(keys)
     rule = ResourceAcceptanceRule(max_age_seconds=1_000.0)
@@ -209,15 +194,11 @@ async def _requested(shop: Workshop, keys: list[ResourceKey]) -> Work:
     return lambda: builder.build_request(request)
 
 
-async def _many_callers(shop: Workshop, keys: list[ResourceKey]) -> Work:
+async def _many_callers(keys: list[ResourceKey]) -> Work:
     builder = builder_of(batch_source(price))
     callers = asyncio.gather(*(builder.build(keys[:1]) for _ in keys))  # which takes a while itself
     await asyncio.sleep(0)
-
-    async def all_of_them() -> None:
-        await callers
-
-    return all_of_them
+    return lambda: callers
 
 
 def _batch(fetcher: Any) -> CallableBatchSource:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from tests.benchmarks.rivals import installed
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import OURS, Subjects
 from tests.benchmarks.workshop import Workshop
 
 _PROGRAM = """
@@ -34,21 +34,13 @@ def seconds_of(statement: str) -> float:
     return float(done.stdout)
 
 
-def importing(name: str, role: Role, statement: str) -> Subject:
-    """Return one import as a subject."""
-    return Subject(name, role, functools.partial(seconds_of, statement))
-
-
-def beyond_asyncio(_shop: Workshop) -> list[Subject]:
+def beyond_asyncio(_shop: Workshop) -> Subjects:
     """Import the library, and the rivals that are caches, each in a new interpreter."""
-    rivals = [name for name in ("aiocache", "cashews") if installed(name)]
-    return [
-        importing("coalestra", Role.OURS, "import coalestra"),
-        *(importing(name, Role.RIVAL, f"import {name}") for name in rivals),
-    ]
+    names = [OURS, *(name for name in ("aiocache", "cashews") if installed(name))]
+    return {name: functools.partial(seconds_of, f"import {name}") for name in names}
 
 
-def with_a_builder(_shop: Workshop) -> list[Subject]:
+def with_a_builder(_shop: Workshop) -> Subjects:
     """Import what every program needs that uses the library."""
     statement = "from coalestra import CallableSource, ResourceKey, SnapshotBuilder"
-    return [importing("coalestra", Role.OURS, statement)]
+    return {OURS: functools.partial(seconds_of, statement)}

@@ -6,10 +6,9 @@ A line of these is made by `watched_warm` and `watched_cold` of what there is to
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from coalestra import ResourceKey
 from tests.benchmarks.stock import (
     FreshBuilder,
     Maker,
@@ -19,7 +18,7 @@ from tests.benchmarks.stock import (
     preparing,
     price,
 )
-from tests.benchmarks.subjects import UNWATCHED, Role, Subject
+from tests.benchmarks.subjects import OURS, UNWATCHED, Subjects
 from tests.benchmarks.workshop import Workshop
 
 Watcher = Callable[[], dict[str, Any]]
@@ -80,47 +79,35 @@ def measured() -> dict[str, Any]:
     return {"metrics": OpenTelemetryMetrics(MeterProvider([InMemoryMetricReader()]))}
 
 
-def watched_warm(watcher: Watcher, count: int = 1000) -> Callable[[Workshop], list[Subject]]:
-    """Return the subjects of a line that reads so many cached keys."""
+def watched_warm(watcher: Watcher, count: int = 1000) -> Callable[[Workshop], Subjects]:
+    """Return what makes the subjects of a line that reads so many cached keys."""
 
-    def subjects(shop: Workshop) -> list[Subject]:
+    def subjects(shop: Workshop) -> Subjects:
         keys = keys_of(shop.scale.size(count))
-        return [
-            Subject(name, role, _warm(shop, keys, settings))
-            for name, role, settings in _both(watcher)
-        ]
+
+        def warm(settings: Watcher) -> Callable[[], float]:
+            builder = kept_builder(shop, batch_source(price), **settings())
+            shop.run(builder.build(keys))
+            return shop.timed(lambda: builder.build(keys), len(keys))
+
+        return {OURS: warm(watcher), UNWATCHED: warm(dict)}
 
     return subjects
 
 
 def watched_cold(
     watcher: Watcher, count: int = 1000, make: Callable[[Maker], Any] = batch_source
-) -> Callable[[Workshop], list[Subject]]:
-    """Return the subjects of a line that fetches so many keys, in a batch unless told otherwise."""
+) -> Callable[[Workshop], Subjects]:
+    """Return the same for so many keys that are fetched, in a batch unless told otherwise."""
 
-    def subjects(shop: Workshop) -> list[Subject]:
+    def subjects(shop: Workshop) -> Subjects:
         keys = keys_of(shop.scale.size(count))
-        return [
-            Subject(name, role, _cold(shop, keys, settings, make))
-            for name, role, settings in _both(watcher)
-        ]
+
+        def cold(settings: Watcher) -> Callable[[], float]:
+            fresh = FreshBuilder(shop, lambda: make(price), settings=settings)
+            prepare = preparing(fresh, lambda builder: builder.build(keys))
+            return shop.timed_fresh(prepare, len(keys))
+
+        return {OURS: cold(watcher), UNWATCHED: cold(dict)}
 
     return subjects
-
-
-def _both(watcher: Watcher) -> list[tuple[str, Role, Watcher]]:
-    return [("coalestra", Role.OURS, watcher), (UNWATCHED, Role.FLOOR, dict)]
-
-
-def _warm(shop: Workshop, keys: Sequence[ResourceKey], settings: Watcher) -> Callable[[], float]:
-    builder = kept_builder(shop, batch_source(price), **settings())
-    shop.run(builder.build(keys))
-    return shop.timed(lambda: builder.build(keys), len(keys))
-
-
-def _cold(
-    shop: Workshop, keys: Sequence[ResourceKey], settings: Watcher, make: Callable[[Maker], Any]
-) -> Callable[[], float]:
-    fresh = FreshBuilder(shop, lambda: make(price), settings=settings)
-    prepare = preparing(fresh, lambda builder: builder.build(keys))
-    return shop.timed_fresh(prepare, len(keys))

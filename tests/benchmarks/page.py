@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from tests.benchmarks.processes import ROOT
-from tests.benchmarks.results import RIVALS
+from tests.benchmarks.subjects import RIVALS
 
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 PLOT = PAGE.with_name("cost-per-key.svg")

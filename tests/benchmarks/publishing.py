@@ -10,7 +10,7 @@ from coalestra import ResourceKey, ResourceUpdate
 from tests.benchmarks import plain
 from tests.benchmarks.rivals import Rivals
 from tests.benchmarks.stock import batch_source, kept_builder, keys_of, price
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import FLOOR, OURS, Subjects
 from tests.benchmarks.workshop import Work, Workshop
 
 _STEP_SECONDS = 1e-5
@@ -21,46 +21,29 @@ def rising_times() -> Callable[[], float]:
     return itertools.count(time.time() - 3000.0, _STEP_SECONDS).__next__
 
 
-def one(shop: Workshop) -> list[Subject]:
+def one(shop: Workshop) -> Subjects:
     """Publish one small dictionary."""
     (key,) = keys = keys_of(1)
     publisher = kept_builder(shop, batch_source(price)).publisher
     entries: plain.Entries = {}
     ours, plainly = rising_times(), rising_times()
-    rivals = Rivals(shop, keys, price)
-    rivals.writing_one()
-    return [
-        Subject(
-            "coalestra",
-            Role.OURS,
-            shop.timed(
-                lambda: publisher.publish(key, price(key), source="feed", observed_at=ours())
-            ),
+    return {
+        OURS: shop.timed(
+            lambda: publisher.publish(key, price(key), source="feed", observed_at=ours())
         ),
-        Subject(
-            "plain loop",
-            Role.FLOOR,
-            shop.timed_blocking(
-                lambda: plain.publish(entries, key, price(key), plainly(), dict.copy)
-            ),
+        FLOOR: shop.timed_blocking(
+            lambda: plain.publish(entries, key, price(key), plainly(), dict.copy)
         ),
-        *rivals.subjects,
-    ]
+        **Rivals(shop, keys, price).writing_one(),
+    }
 
 
-def many(shop: Workshop) -> list[Subject]:
+def many(shop: Workshop) -> Subjects:
     """Publish many small dictionaries in one call; the updates are made beforehand."""
     keys = keys_of(shop.scale.size(1000))
     publisher = kept_builder(shop, batch_source(price)).publisher
     entries: plain.Entries = {}
     ours, plainly = rising_times(), rising_times()
-    rivals = Rivals(shop, keys, price)
-    rivals.writing()
-
-    def plain_loop(updates: list[ResourceUpdate[dict[str, str]]]) -> None:
-        for update in updates:
-            moment = update.observed_at or 0.0
-            plain.publish(entries, update.key, update.value, moment, dict.copy)
 
     async def prepare_ours() -> Work:
         updates = updates_of(keys, ours())
@@ -70,15 +53,17 @@ def many(shop: Workshop) -> list[Subject]:
         updates = updates_of(keys, plainly())
 
         async def work() -> None:
-            plain_loop(updates)
+            for update in updates:
+                moment = update.observed_at or 0.0
+                plain.publish(entries, update.key, update.value, moment, dict.copy)
 
         return work
 
-    return [
-        Subject("coalestra", Role.OURS, shop.timed_fresh(prepare_ours, len(keys))),
-        Subject("plain loop", Role.FLOOR, shop.timed_fresh(prepare_plain, len(keys))),
-        *rivals.subjects,
-    ]
+    return {
+        OURS: shop.timed_fresh(prepare_ours, len(keys)),
+        FLOOR: shop.timed_fresh(prepare_plain, len(keys)),
+        **Rivals(shop, keys, price).writing(),
+    }
 
 
 def updates_of(keys: list[ResourceKey], observed_at: float) -> list[ResourceUpdate[dict[str, str]]]:

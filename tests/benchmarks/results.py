@@ -6,11 +6,8 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from tests.benchmarks.subjects import UNWATCHED, Line
+from tests.benchmarks.subjects import FLOOR, OURS, RIVALS, UNWATCHED, YARDSTICK, Line
 from tests.benchmarks.worker import Samples
-
-OURS, FLOOR, YARDSTICK = "coalestra", "plain loop", "copy.deepcopy"
-RIVALS = ("aiocache", "aiodataloader", "async-lru", "cashews")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from coalestra import ResourceKey
 from tests.benchmarks.plain import LIFETIME_SECONDS
 from tests.benchmarks.stock import Maker, base_of
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import Subjects
 from tests.benchmarks.workshop import Work, Workshop
 
 
@@ -46,17 +46,15 @@ class Rivals:
         self._texts = [str(key) for key in keys]
         self._make = make
         self._units = len(keys) if units is None else units
-        self.subjects: list[Subject] = []
 
-    def _add(self, name: str, work: Work) -> None:
-        self.subjects.append(Subject(name, Role.RIVAL, self._shop.timed(work, self._units)))
+    def _timed(self, work: Work) -> Callable[[], float]:
+        return self._shop.timed(work, self._units)
 
-    def _add_fresh(self, name: str, prepare: Callable[[], Work]) -> None:
+    def _timed_fresh(self, prepare: Callable[[], Work]) -> Callable[[], float]:
         async def prepared() -> Work:
             return prepare()
 
-        sampler = self._shop.timed_fresh(prepared, self._units)
-        self.subjects.append(Subject(name, Role.RIVAL, sampler))
+        return self._shop.timed_fresh(prepared, self._units)
 
     # Caches -----------------------------------------------------------------------------------
 
@@ -80,29 +78,42 @@ class Rivals:
     def _pairs(self) -> dict[str, Any]:
         return {text: self._make(key) for text, key in zip(self._texts, self._keys, strict=True)}
 
-    def reading(self) -> None:
+    def _filled(self) -> Iterator[_Store]:
+        for store in self._stores():
+            self._shop.run(_await(_calling(store.write_many, self._pairs())))
+            yield store
+
+    def reading(self) -> Subjects:
         """Read values that are cached already, all in one call."""
-        for store in self._stores():
-            self._shop.run(_await(_calling(store.write_many, self._pairs())))
-            self._add(store.name, _calling(store.read_many, self._texts))
+        return {
+            store.name: self._timed(_calling(store.read_many, self._texts))
+            for store in self._filled()
+        }
 
-    def reading_one(self) -> None:
+    def reading_one(self) -> Subjects:
         """Read one value that is cached already."""
-        for store in self._stores():
-            self._shop.run(_await(_calling(store.write_many, self._pairs())))
-            self._add(store.name, _calling(store.read, self._texts[0]))
+        subjects = {
+            store.name: self._timed(_calling(store.read, self._texts[0]))
+            for store in self._filled()
+        }
         if async_lru := installed("async_lru"):
-            self._add("async-lru", _calling(self._memoized(async_lru), self._keys[0]))
+            memoized = self._memoized(async_lru)
+            subjects["async-lru"] = self._timed(_calling(memoized, self._keys[0]))
+        return subjects
 
-    def writing_one(self) -> None:
+    def writing_one(self) -> Subjects:
         """Write one value."""
-        for store in self._stores():
-            self._add(store.name, _calling(store.write, self._texts[0], self._make(None)))
+        return {
+            store.name: self._timed(_calling(store.write, self._texts[0], self._make(None)))
+            for store in self._stores()
+        }
 
-    def writing(self) -> None:
+    def writing(self) -> Subjects:
         """Write many values in one call."""
-        for store in self._stores():
-            self._add(store.name, _calling(store.write_many, self._pairs()))
+        return {
+            store.name: self._timed(_calling(store.write_many, self._pairs()))
+            for store in self._stores()
+        }
 
     # Functions and loaders --------------------------------------------------------------------
 
@@ -112,11 +123,8 @@ class Rivals:
 
         return async_lru.alru_cache(maxsize=None, ttl=LIFETIME_SECONDS)(fetch)
 
-    def fetching_singly(self) -> None:
+    def fetching_singly(self) -> Subjects:
         """Fetch keys one by one, once each, and cache them."""
-        async_lru = installed("async_lru")
-        if async_lru is None:
-            return
 
         def prepare() -> Work:
             fetch = self._memoized(async_lru)
@@ -126,14 +134,17 @@ class Rivals:
 
             return work
 
-        self._add_fresh("async-lru", prepare)
+        async_lru = installed("async_lru")
+        return {"async-lru": self._timed_fresh(prepare)} if async_lru else {}
 
-    def fetching_in_batches(self) -> None:
+    def fetching_in_batches(self) -> Subjects:
         """Fetch keys in one batch call, and cache them."""
-        if aiodataloader := installed("aiodataloader"):
-            self._add_fresh(
-                "aiodataloader", lambda: _calling(self._loader(aiodataloader).load_many, self._keys)
-            )
+
+        def prepare() -> Work:
+            return _calling(self._loader(aiodataloader).load_many, self._keys)
+
+        aiodataloader = installed("aiodataloader")
+        return {"aiodataloader": self._timed_fresh(prepare)} if aiodataloader else {}
 
     def _loader(self, aiodataloader: Any) -> Any:
         async def fetch(keys: Collection[ResourceKey]) -> list[Any]:
@@ -141,11 +152,8 @@ class Rivals:
 
         return aiodataloader.DataLoader(fetch, max_batch_size=len(self._keys))
 
-    def deriving(self) -> None:
+    def deriving(self) -> Subjects:
         """Derive each key from one that is fetched in a batch."""
-        aiodataloader = installed("aiodataloader")
-        if aiodataloader is None:
-            return
 
         def prepare() -> Work:
             bases = self._loader(aiodataloader)
@@ -156,11 +164,13 @@ class Rivals:
 
             return _calling(aiodataloader.DataLoader(derive).load_many, self._keys)
 
-        self._add_fresh("aiodataloader", prepare)
+        aiodataloader = installed("aiodataloader")
+        return {"aiodataloader": self._timed_fresh(prepare)} if aiodataloader else {}
 
-    def coalescing(self, crowd: Callable[[Work], Work], pause: Callable[[], Any]) -> None:
+    def coalescing(self, crowd: Callable[[Work], Work], pause: Callable[[], Any]) -> Subjects:
         """Serve a crowd that asks for one key at once from one fetch."""
         key = self._keys[0]
+        subjects: Subjects = {}
         if async_lru := installed("async_lru"):
 
             def prepare() -> Work:
@@ -170,11 +180,12 @@ class Rivals:
 
                 return crowd(_calling(async_lru.alru_cache(maxsize=None)(fetch), key))
 
-            self._add_fresh("async-lru", prepare)
+            subjects["async-lru"] = self._timed_fresh(prepare)
         if aiodataloader := installed("aiodataloader"):
-            self._add_fresh(
-                "aiodataloader", lambda: crowd(_calling(self._loader(aiodataloader).load, key))
+            subjects["aiodataloader"] = self._timed_fresh(
+                lambda: crowd(_calling(self._loader(aiodataloader).load, key))
             )
+        return subjects
 
 
 def _calling(function: Callable[..., Any], *arguments: Any) -> Work:

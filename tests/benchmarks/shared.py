@@ -46,8 +46,8 @@ async def fetched(keys: Collection[ResourceKey], _context: object) -> dict[Any, 
     return {key: dict(PAYLOAD) for key in keys}
 
 
-def builder_over(cache: Any) -> SnapshotBuilder:
-    source = CallableBatchSource(name="bench", priority=1, supports=lambda _: True, fetcher=fetched)
+def builder_over(cache: Any, fetcher: Any = fetched) -> SnapshotBuilder:
+    source = CallableBatchSource(name="bench", priority=1, supports=lambda _: True, fetcher=fetcher)
     return SnapshotBuilder(
         [source], cache=cache, default_policy=FreshnessPolicy(LIFETIME, LIFETIME)
     )
@@ -55,21 +55,19 @@ def builder_over(cache: Any) -> SnapshotBuilder:
 
 async def ours(server: Server | None) -> dict[str, Work]:
     """The work of each line with a builder: over the shared cache, or over the memory cache."""
-    if server is None:
-        builder = builder_over(None)
-        await builder.build(KEYS)
-        return {
-            "warm-near": lambda: builder.build(KEYS),
-            "warm-one": lambda: builder.build(KEYS[:1]),
-            "publish": lambda: builder.publisher.publish(KEYS[0], PAYLOAD, source="bench"),
-        }
     from coalestra.redis import RedisCache
 
-    near = RedisCache(server.url, prefix="near", time_limit_seconds=5.0)
-    builder = builder_over(near)
-    far = RedisCache(server.url, prefix="near", near_entries=0, time_limit_seconds=5.0)
-    plain = builder_over(far)
+    terms: dict[str, Any] = {"prefix": "near", "time_limit_seconds": 5.0}
+    builder = builder_over(server and RedisCache(server.url, **terms))
     await builder.build(KEYS)
+    works: dict[str, Work] = {
+        "warm-near": lambda: builder.build(KEYS),
+        "warm-one": lambda: builder.build(KEYS[:1]),
+        "publish": lambda: builder.publisher.publish(KEYS[0], PAYLOAD, source="bench"),
+    }
+    if server is None:
+        return works
+    plain = builder_over(RedisCache(server.url, near_entries=0, **terms))
     await asyncio.sleep(0.2)
     await builder.build(KEYS)
     serial = iter(range(1_000_000))
@@ -78,13 +76,7 @@ async def ours(server: Server | None) -> dict[str, Work]:
         batch = next(serial)
         await builder.build([ResourceKey("bench", "cold", f"{batch}-{n}") for n in range(100)])
 
-    return {
-        "warm-near": lambda: builder.build(KEYS),
-        "warm-one": lambda: builder.build(KEYS[:1]),
-        "read-100": lambda: plain.build(KEYS),
-        "cold-100": cold,
-        "publish": lambda: builder.publisher.publish(KEYS[0], PAYLOAD, source="bench"),
-    }
+    return {**works, "read-100": lambda: plain.build(KEYS), "cold-100": cold}
 
 
 async def by_aiocache(server: Server) -> dict[str, Work]:
@@ -187,11 +179,8 @@ async def reader(url: str, seconds: float) -> None:
         await asyncio.sleep(0.05)
         return await fetched(keys, context)
 
-    source = CallableBatchSource(name="b", priority=1, supports=lambda _: True, fetcher=slow)
     cache = RedisCache(url, prefix="many", time_limit_seconds=5.0)
-    async with SnapshotBuilder(
-        [source], cache=cache, default_policy=FreshnessPolicy(LIFETIME, LIFETIME)
-    ) as builder:
+    async with builder_over(cache, slow) as builder:
         say("ready")
         sys.stdin.readline()
         reads, began = 0, perf_counter()

@@ -10,7 +10,7 @@ from coalestra import ResourceKey
 from tests.benchmarks import plain
 from tests.benchmarks.rivals import Rivals
 from tests.benchmarks.stock import FreshBuilder, keys_of, preparing, price, slow_source
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import FLOOR, OURS, Subjects
 from tests.benchmarks.workshop import Work, Workshop
 
 
@@ -50,7 +50,7 @@ class PlainFlights:
         del self._flights[key]
 
 
-def callers(shop: Workshop) -> list[Subject]:
+def callers(shop: Workshop) -> Subjects:
     """Let many callers ask for one cold key."""
     count = shop.scale.size(500)
     keys = keys_of(1)
@@ -64,9 +64,8 @@ def callers(shop: Workshop) -> list[Subject]:
         return crowd(count, lambda: flights.read(keys[0]))
 
     rivals = Rivals(shop, keys, price, units=count)
-    rivals.coalescing(lambda work: crowd(count, work), pause)
-    return [
-        Subject("coalestra", Role.OURS, shop.timed_fresh(prepare, count)),
-        Subject("plain loop", Role.FLOOR, shop.timed_fresh(prepare_plain, count)),
-        *rivals.subjects,
-    ]
+    return {
+        OURS: shop.timed_fresh(prepare, count),
+        FLOOR: shop.timed_fresh(prepare_plain, count),
+        **rivals.coalescing(lambda work: crowd(count, work), pause),
+    }

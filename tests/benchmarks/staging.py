@@ -9,13 +9,13 @@ import time
 from coalestra import ResourceKey, SnapshotSession, SyncSnapshotBuilder
 from tests.benchmarks import plain
 from tests.benchmarks.stock import batch_source, builder_of, kept_builder, keys_of, price
-from tests.benchmarks.subjects import Role, Subject
+from tests.benchmarks.subjects import FLOOR, OURS, Subjects
 from tests.benchmarks.workshop import Workshop
 
 _STAGES = (slice(0, 8), slice(8, 15), slice(15, 20))
 
 
-def session(shop: Workshop) -> list[Subject]:
+def session(shop: Workshop) -> Subjects:
     """Read 20 cached keys in three stages, then fetch the 5 of the last stage anew."""
     keys = keys_of(20)
     builder = kept_builder(shop, batch_source(price))
@@ -29,10 +29,10 @@ def session(shop: Workshop) -> list[Subject]:
                 await current.resolve(keys[stage])
             await current.revalidate(keys[_STAGES[-1]], force_refresh=True)
 
-    return [
-        Subject("coalestra", Role.OURS, shop.timed(ours)),
-        Subject("plain loop", Role.FLOOR, shop.timed_blocking(lambda: in_stages(entries, keys))),
-    ]
+    return {
+        OURS: shop.timed(ours),
+        FLOOR: shop.timed_blocking(lambda: in_stages(entries, keys)),
+    }
 
 
 def in_stages(entries: plain.Entries, keys: list[ResourceKey]) -> dict[ResourceKey, plain.Record]:
@@ -48,7 +48,7 @@ def in_stages(entries: plain.Entries, keys: list[ResourceKey]) -> dict[ResourceK
     return plain.read_flat(pinned, pinned) or shown
 
 
-def facade(shop: Workshop) -> list[Subject]:
+def facade(shop: Workshop) -> Subjects:
     """Read one cached key from a thread without an event loop.
 
     The floor hands a coroutine to an event loop in another thread and waits for its result.
@@ -63,21 +63,13 @@ def facade(shop: Workshop) -> list[Subject]:
     async def read() -> dict[ResourceKey, plain.Record]:
         return plain.read_flat(entries, keys)
 
-    return [
-        Subject(
-            "coalestra",
-            Role.OURS,
-            shop.timed_blocking(lambda: blocking.build(keys), clock=time.perf_counter),
-        ),
-        Subject(
-            "plain loop",
-            Role.FLOOR,
-            shop.timed_blocking(
-                lambda: asyncio.run_coroutine_threadsafe(read(), loop).result(),
-                clock=time.perf_counter,
-            ),
-        ),
-    ]
+    def plainly() -> object:
+        return asyncio.run_coroutine_threadsafe(read(), loop).result()
+
+    return {
+        OURS: shop.timed_blocking(lambda: blocking.build(keys), clock=time.perf_counter),
+        FLOOR: shop.timed_blocking(plainly, clock=time.perf_counter),
+    }
 
 
 def _loop_in_a_thread(shop: Workshop) -> asyncio.AbstractEventLoop:

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tests.benchmarks.workshop import Workshop
 
+OURS, FLOOR, YARDSTICK = "coalestra", "plain loop", "copy.deepcopy"
+RIVALS = ("aiocache", "aiodataloader", "async-lru", "cashews")
 UNWATCHED = "the same unwatched"
 """The name of the subject that is the floor of what a watcher adds."""
 
-
-class Role(enum.Enum):
-    """Why a subject stands in the table."""
-
-    OURS = "ours"
-    FLOOR = "floor"
-    RIVAL = "rival"
-    YARDSTICK = "yardstick"
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """One way to do the work of a line; ``sample`` returns what a unit cost, in SI units."""
-
-    name: str
-    role: Role
-    sample: Callable[[], float]
+Subjects = dict[str, Callable[[], float]]
+"""The ways to do the work of a line; each call is a sample: what a unit cost, in SI units."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +66,6 @@ class Line:
     work: str
     unit: Unit
     published: str
-    subjects: Callable[[Workshop], Sequence[Subject]]
+    subjects: Callable[[Workshop], Subjects]
     aim: Aim | None = None
     rounds: int | None = None

@@ -26,17 +26,17 @@ def measure(line: Line, scale: Scale) -> Samples:
     """
     with workshop(scale) as shop:
         subjects = line.subjects(shop)
-        samples: Samples = {subject.name: [] for subject in subjects}
+        samples: Samples = {name: [] for name in subjects}
         rounds = scale.rounds if line.rounds is None else min(scale.rounds, line.rounds)
-        for subject in subjects:
+        for sample in subjects.values():
             for _ in range(min(scale.warmups, rounds - 1)):
-                subject.sample()
+                sample()
         gc.collect()
         gc.freeze()
         try:
             for _ in range(rounds):
-                for subject in subjects:
-                    samples[subject.name].append(subject.sample())
+                for name, sample in subjects.items():
+                    samples[name].append(sample())
         finally:
             gc.unfreeze()
     return samples
