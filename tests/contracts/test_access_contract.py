@@ -22,7 +22,7 @@ from tests.contracts.caches import (
     SingleKeyCache,
 )
 from tests.contracts.samples import NOW, POLICY, A, B, Witness, revision_of, value_of
-from tests.support import Gate, run_virtual
+from tests.support import Gate, Panic, run_virtual
 
 
 def access_over(cache: AsyncCache) -> CacheAccess:
@@ -64,18 +64,25 @@ async def test_a_status_that_is_a_bare_text_is_an_error_that_says_so() -> None:
 
 @pytest.mark.parametrize("answers", [
     None, {}, {A: "stored"}, {A: CacheWriteResult(CacheWriteStatus.IGNORED_OLDER, value_of(B))},
+    {A: OSError("away")}, ConnectionError("away"), Panic("away"),
 ])  # fmt: skip
-async def test_nonsense_about_what_was_acquired_under_a_lease_is_told_and_given_to_nobody(
+async def test_what_fails_under_a_lease_is_told_and_given_to_nobody_and_the_lease_given_back(
     answers: Any,
 ) -> None:
+    """Nobody knows whether the cache had come to it; others would wait until it has run out."""
+
     class Odd(LeasingCache):
         async def fulfil_many(self, *_: object, **terms: Any) -> Any:
+            if isinstance(answers, BaseException):
+                raise answers
             return answers
 
-    access, revision = access_over(Odd()), revision_of(A)
-    terms = Terms({A: POLICY}, NOW, leases={A: Lease(A, "one")})
+    cache, lease, revision = Odd(), Lease(A, "one"), revision_of(A)
+    access, cache.leased[A] = access_over(cache), lease
+    terms = Terms({A: POLICY}, NOW, leases={A: lease})
     outcomes, failures = await access.write({A: revision}, terms)
-    assert (outcomes, [*failures]) == ({}, [A])
+    await access.drain(1.0)
+    assert (outcomes, [*failures], cache.leased) == ({}, [A], {})
 
 
 @pytest.mark.parametrize("previous", [value_of(B), "junk", 5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import threading
 import types
 from collections.abc import Callable, Coroutine, Generator
@@ -36,6 +37,7 @@ from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ManualClock, ThreadGate, begun, drop, no_leaks, run_virtual, settle
 from tests.support.running import without_collector
+from tests.sync.steps import in_a_fork
 
 pytestmark = pytest.mark.concurrency
 
@@ -395,6 +397,28 @@ def test_capacity_and_flights_left_over_from_an_ended_loop_are_free_again(kind: 
         return snapshot.value(K)
 
     assert run_virtual(read()) == "fine"
+    asyncio.run(building.aclose())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_child_forked_while_work_is_under_way_uses_the_builder_on_a_loop_of_its_own() -> None:
+    """That of its parent goes on elsewhere, though it is never closed here."""
+    source = Hanging("k")
+    building = made(source, max_concurrency=1)
+
+    async def read() -> None:
+        source.healed = True
+        await asyncio.wait_for(building.build([K]), 60)
+        await no_leaks(building)
+        await building.aclose()
+
+    async def fork() -> str:
+        reader = await begun(building.build([K]))
+        told = in_a_fork(lambda: asyncio.run(read()))
+        reader.cancel()
+        return told
+
+    assert asyncio.run(fork()) == "nothing was raised"
     asyncio.run(building.aclose())
 
 

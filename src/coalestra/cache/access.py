@@ -1388,14 +1388,14 @@ class _Write:
             errors.without_frames(error)
             told = dict.fromkeys(self.values, error)
         for key, result in told.items():
-            if isinstance(result, Exception):
-                self.failures[key] = result
-                continue
             try:
+                if isinstance(result, Exception):
+                    raise result
                 self.results[key] = _result(result, key)
-            except CacheUnavailableError as error:
+            except Exception as error:
                 errors.without_frames(error)
                 self.failures[key] = error
+                self.cache.give_back(leases[key], failed=True)  # which it may not have come to
         horizon = terms.now + self.cache.tolerance
         future = [
             key

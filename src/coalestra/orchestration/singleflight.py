@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
+import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -2049,6 +2050,7 @@ class Engine:
         self._joining_store = None if followed else parts.access.store
         self._stages: dict[Stage, None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = 0
         self._moves: dict[asyncio.AbstractEventLoop | None, asyncio.AbstractEventLoop] = {}
         self.closed: bool = False
 
@@ -2199,10 +2201,11 @@ class Engine:
             raise
         finally:
             self._moves.clear()
+        self._process = os.getpid()
         return loop
 
     def _leave(self, before: asyncio.AbstractEventLoop) -> None:
-        if before.is_closed():
+        if before.is_closed() or self._process != os.getpid():  # which has no loop of its parent's
             self.parts.capacity.forget()
             self.parts.threads.hear()
         elif self.busy:
