@@ -98,6 +98,25 @@ def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
     return [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
 
 
+@pytest.mark.parametrize("extra, missing, needs", [
+    ("opentelemetry", "opentelemetry", "the package opentelemetry-api"),
+    ("prometheus", "prometheus_client", "the package prometheus_client"),
+    ("redis", "redis", "the packages redis and msgspec"),
+    ("redis", "msgspec", "the packages redis and msgspec"),
+])  # fmt: skip
+def test_without_its_packages_an_extra_says_what_to_install(
+    extra: str, missing: str, needs: str
+) -> None:
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import coalestra; coalestra.SnapshotBuilder\n"
+        f"try: import coalestra.{extra}\nexcept ImportError as error: text = str(error)\n"
+        f"assert text.startswith('coalestra.{extra} must have {needs}, which cannot '), text\n"
+        f"assert \"'.[{extra}]'\" in text, text"
+    )
+    loaded_by(program)
+
+
 # Names ---------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import copy
 import gc
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +30,7 @@ from tests.support import (
     run_virtual,
     settle,
 )
+from tests.support.elsewhere import in_a_child, needs_fork
 from tests.support.running import no_more_threads
 
 pytestmark = pytest.mark.concurrency
@@ -330,25 +330,23 @@ def test_a_copy_that_ended_as_its_loop_was_closed_is_not_active() -> None:
     threads.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
 def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child() -> None:
     """Its thread does not exist there."""
     gate, threads = ThreadGate(), WorkerThreads()
     copies = PayloadCopies("builder", threads=threads)
 
-    async def fork_while_a_thread_copies() -> int:
+    def in_the_child() -> None:
+        assert copies.active == 0
+
+    async def fork_while_a_thread_copies() -> None:
         task = start(copies, Held(gate))
         await asyncio.sleep(0)
         gate.wait_arrived()
-        child = os.fork()
-        if child == 0:
-            os._exit(copies.active)
+        in_a_child(in_the_child)
         gate.open()
         await task
-        return child
 
-    _, status = os.waitpid(asyncio.run(fork_while_a_thread_copies()), 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    asyncio.run(fork_while_a_thread_copies())
     assert copies.active == 0
     threads.close()

@@ -11,25 +11,18 @@ from typing import Any
 import pytest
 
 from coalestra._lockfree import Cell, Changes, WorkerQueue
+from tests.support.elsewhere import PATIENCE, in_thread, outcome, side_by_side
 from tests.support.strikes import at_every_line
-
-PATIENCE = 20.0
 
 
 def test_no_change_of_a_cell_is_lost_between_threads() -> None:
     cell = Cell(0)
-    start = threading.Barrier(4)
 
-    def count() -> None:
-        start.wait()
+    def count(_: int) -> None:
         for _ in range(2_000):
             cell.change(lambda number: number + 1)
 
-    threads = [threading.Thread(target=count) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
+    side_by_side(4, count)
     assert cell.value == 8_000
     assert repr(cell) == "Cell(8000)"
 
@@ -55,20 +48,17 @@ def test_a_step_that_raises_changes_nothing() -> None:
 def test_who_waits_for_a_change_goes_on_when_it_has_come() -> None:
     changes, state = Changes(), [0]
     arrived = threading.Event()
-    seen: list[bool] = []
 
     def looks() -> bool:
         arrived.set()
         return state[0] == 2
 
-    waiting = threading.Thread(target=lambda: seen.append(changes.wait_for(looks, PATIENCE)))
-    waiting.start()
+    waiting = in_thread(lambda: changes.wait_for(looks, PATIENCE))
     assert arrived.wait(PATIENCE)
     for number in (1, 2):
         state[0] = number
         changes.tell()
-    waiting.join(PATIENCE)
-    assert seen == [True]
+    assert outcome(waiting)
 
 
 @pytest.mark.parametrize("seconds", [0, 0.001])
@@ -94,8 +84,7 @@ async def test_a_coroutine_waits_for_what_a_thread_changes() -> None:
         state[0] = True
         changes.tell()
 
-    thread = threading.Thread(target=change)
-    asyncio.get_running_loop().call_later(1.0, thread.start)
+    asyncio.get_running_loop().call_later(1.0, in_thread, change)
     assert await changes.until(lambda: state[0], 1_000.0)
 
 

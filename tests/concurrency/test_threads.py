@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import os
 import queue
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.threads import Job, WorkerThreads, current_threads, threads_of_context
 from tests.support import ThreadGate, begun, drop, settle
+from tests.support.elsewhere import in_a_child, needs_fork
 from tests.support.running import no_more_threads, without_collector
 from tests.support.strikes import at_every_line
 
@@ -327,27 +327,25 @@ async def test_a_context_that_outlives_its_threads_has_those_of_the_process() ->
     current_threads.reset(token)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
 def test_a_forked_process_starts_without_threads(threads: WorkerThreads) -> None:
     """Those of its parent do not exist in it, and must not be given work."""
     asyncio.run(threads.run(ident))
     assert threads.idle == 1
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if threads.idle == 0 and threads.busy == {} else 1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+
+    def in_the_child() -> None:
+        assert (threads.idle, threads.busy) == (0, {})
+
+    in_a_child(in_the_child)
     assert threads.idle == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
 def test_a_call_whose_thread_a_fork_has_lost_ends_with_an_error(threads: WorkerThreads) -> None:
     """In the child nobody is at work, so who waits there would wait for ever."""
     gate = ThreadGate()
 
-    async def fork_while_a_thread_works() -> int:
+    async def fork_while_a_thread_works() -> None:
         ended: list[Job[None]] = []
         told = asyncio.Event()
 
@@ -355,22 +353,17 @@ def test_a_call_whose_thread_a_fork_has_lost_ends_with_an_error(threads: WorkerT
             ended.append(job)
             told.set()
 
-        threads.start(gate.pass_, "work", on_end)
-        child = os.fork()
-        if child == 0:
-            try:
+        def in_the_child() -> None:
+            with pytest.raises(RuntimeError, match="'work' did not survive a fork"):
                 ended.pop().outcome()
-            except RuntimeError as error:
-                os._exit(0 if "'work' did not survive a fork" in str(error) else 1)
-            finally:
-                os._exit(2)
+
+        threads.start(gate.pass_, "work", on_end)
+        in_a_child(in_the_child)
         assert not ended
         gate.open()
         await told.wait()
-        return child
 
-    _, status = os.waitpid(asyncio.run(fork_while_a_thread_works()), 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    asyncio.run(fork_while_a_thread_works())
 
 
 def test_threads_may_be_told_to_rest_longer_than_threads_can_wait() -> None:

@@ -6,11 +6,11 @@ import copy
 import dataclasses
 import gc
 import math
-import os
 import pickle
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from coalestra.core.values import (
     new_id,
     next_version,
 )
+from tests.support.elsewhere import in_a_child, needs_fork
 
 KEY, BASE = ResourceKey("n", "a"), ResourceKey("n", "b")
 
@@ -223,20 +224,15 @@ class TestVersions:
     def test_no_two_are_the_same(self) -> None:
         assert len({next_version() for _ in range(1_000)}) == 1_000
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @needs_fork
     @pytest.mark.parametrize("issue", [next_version, new_id])
-    def test_a_forked_child_issues_none_of_its_parents(self, issue: Callable[[], str]) -> None:
+    def test_a_forked_child_issues_none_of_its_parents(
+        self, issue: Callable[[], str], tmp_path: Path
+    ) -> None:
         issue()
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.write(write, " ".join(issue() for _ in range(50)).encode())
-            os._exit(0)
-        os.waitpid(child, 0)
-        os.close(write)
-        with os.fdopen(read) as issued:
-            theirs = set(issued.read().split())
+        issued = tmp_path / "issued"
+        in_a_child(lambda: issued.write_text(" ".join(issue() for _ in range(50))))
+        theirs = set(issued.read_text().split())
         ours = {issue() for _ in range(50)}
         assert len(theirs) == 50
         assert not theirs & ours

@@ -6,10 +6,7 @@ import threading
 from typing import Any
 
 from coalestra.observability import EventRecord, MetricRecord
-
-PATIENCE = 20.0
-"""Real seconds after which a test that waits for a thread has failed; never used up otherwise."""
-
+from tests.support.elsewhere import PATIENCE
 
 EVENTS: dict[str, str] = {
     "snapshot_built": "snapshot_id resources resolved failed build_failed strict diagnostics",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import os
 import queue
 import threading
 import weakref
@@ -20,9 +19,17 @@ from coalestra.observability import (
     BufferOverflowPolicy,
     MetricRecord,
 )
-from tests.observability.recording import PATIENCE, Held, Raising, Recorder
+from tests.observability.recording import Held, Raising, Recorder
+from tests.support.elsewhere import (
+    PATIENCE,
+    in_a_child,
+    in_thread,
+    needs_fork,
+    outcome,
+    side_by_side,
+)
 from tests.support.running import no_more_threads
-from tests.support.strikes import at_every_line
+from tests.support.strikes import Struck, at_every_line, raise_struck
 
 
 def workers() -> set[threading.Thread]:
@@ -91,19 +98,13 @@ def test_a_sink_may_emit_into_the_buffer_that_feeds_it() -> None:
 
 def test_records_from_many_threads_all_arrive_each_threads_in_order() -> None:
     downstream = Recorder()
-    start = threading.Barrier(6)
 
     def emit(name: int) -> None:
-        start.wait()
         for number in range(200):
             sink.emit("counted", thread=name, number=number)
 
     with BufferedEventSink(downstream) as sink:
-        threads = [threading.Thread(target=emit, args=(name,)) for name in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        side_by_side(6, emit)
         assert sink.flush(PATIENCE)
     for name in range(6):
         payloads = [event.payload for event in downstream.events]
@@ -301,14 +302,8 @@ def test_a_handler_that_strikes_at_any_line_of_emit_may_emit_and_flush() -> None
 def test_an_exception_at_any_line_of_emit_leaves_the_counts_whole() -> None:
     held, sink = held_buffer(3, BufferOverflowPolicy.DROP_OLDEST)
 
-    class Struck(BaseException):
-        pass
-
-    def strike() -> None:
-        raise Struck
-
     with contextlib.suppress(Struck):
-        at_every_line(lambda: sink.emit("again"), strike, errors=(Struck,))
+        at_every_line(lambda: sink.emit("again"), raise_struck, errors=(Struck,))
     held.let_through()
     assert sink.close(timeout=PATIENCE)
     stats = sink.stats()
@@ -320,35 +315,25 @@ def test_another_thread_may_report_while_a_handler_holds_one_up() -> None:
     """No lock is held where a handler may strike: it may wait for who reports elsewhere."""
     with BufferedEventSink(Recorder()) as sink:
         sink.emit("first")
-
-        def strike() -> None:
-            other = threading.Thread(target=lambda: sink.emit("elsewhere"))
-            other.start()
-            other.join(PATIENCE)
-            assert not other.is_alive()
-
-        at_every_line(lambda: sink.emit("again"), strike)
+        at_every_line(
+            lambda: sink.emit("again"), lambda: outcome(in_thread(lambda: sink.emit("elsewhere")))
+        )
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
 def test_a_forked_child_delivers_its_own_records_and_not_the_parents() -> None:
     held, sink = held_buffer(10, BufferOverflowPolicy.DROP_OLDEST)
     sink.emit("second")
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            held.let_through()
-            sink.emit("of the child")
-            if sink.flush(PATIENCE) and held.emitted == ["of the child"]:
-                status = 0
-        finally:
-            os._exit(status)
-    _, result = os.waitpid(child, 0)
+
+    def in_the_child() -> None:
+        held.let_through()
+        sink.emit("of the child")
+        assert sink.flush(PATIENCE)
+        assert held.emitted == ["of the child"]
+
+    in_a_child(in_the_child)
     held.let_through()
     assert sink.close(timeout=PATIENCE)
-    assert os.waitstatus_to_exitcode(result) == 0
     assert held.emitted == ["first", "second"]
 
 
@@ -406,8 +391,7 @@ def test_a_timeout_must_be_a_finite_number_of_seconds(timeout: float) -> None:
 def test_a_timeout_beyond_what_threads_can_wait_is_one_without_end(huge: float) -> None:
     """They raise OverflowError; also while a record is in delivery, so that there is a wait."""
     held, sink = held_buffer(8, BufferOverflowPolicy.DROP_OLDEST)
-    opening = threading.Thread(target=held.let_through)
-    opening.start()
+    opening = in_thread(held.let_through)
     assert sink.flush(huge)
     assert sink.close(timeout=huge)
-    opening.join()
+    outcome(opening)

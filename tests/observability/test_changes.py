@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import pytest
 from coalestra import BufferedEventSink
 from coalestra.core.errors import SourceFailure
 from coalestra.observability import LOGGER, ChangeLog, Condition
-from tests.observability.recording import PATIENCE
+from tests.support.elsewhere import PATIENCE, in_a_child, needs_fork
 from tests.support.running import no_more_threads, until_logged
 
 
@@ -256,19 +255,20 @@ def test_without_threads_the_end_writes_itself(kept: Kept, monkeypatch: pytest.M
     assert kept.lines == [FAILED]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
 def test_a_forked_child_writes_its_own_lines_without_its_parents_thread(kept: Kept) -> None:
     released = threading.Event()
     kept.before = lambda: released.wait(30)
     changes = log()
     changes.failed("source 'a'", ConnectionError())
-    child = os.fork()
-    if not child:
+
+    def in_the_child() -> None:
         kept.before = lambda: None
         changes.works("source 'a'")
-        os._exit(0 if written(changes) == 0 and kept.lines == [WORKS] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert written(changes) == 0
+        assert kept.lines == [WORKS]
+
+    in_a_child(in_the_child)
     released.set()
     assert written(changes) == 0
 

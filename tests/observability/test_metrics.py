@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-
-import pytest
-
 from coalestra.observability import InMemoryMetrics, NullMetrics, ObservationSummary
-from tests.observability.recording import PATIENCE
+from tests.support.elsewhere import in_a_child, in_thread, needs_fork, outcome, side_by_side
 from tests.support.strikes import at_every_line
 
 
@@ -60,19 +54,13 @@ def test_a_snapshot_does_not_move_with_the_metrics() -> None:
 
 def test_counts_from_many_threads_are_not_lost() -> None:
     metrics = InMemoryMetrics()
-    start = threading.Barrier(8)
 
-    def count() -> None:
-        start.wait()
+    def count(_: int) -> None:
         for _ in range(500):
             metrics.increment("calls")
             metrics.observe("latency", 1.0)
 
-    threads = [threading.Thread(target=count) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    side_by_side(8, count)
     summary = metrics.summary("latency")
     assert metrics.counter("calls") == 4_000
     assert summary is not None
@@ -115,29 +103,20 @@ def test_another_thread_may_count_while_a_handler_holds_one_up() -> None:
     """No lock is held where a handler may strike: it may wait for who counts elsewhere."""
     metrics = InMemoryMetrics()
 
-    def strike() -> None:
-        other = threading.Thread(target=lambda: metrics.increment("calls"))
-        other.start()
-        other.join(PATIENCE)
-        assert not other.is_alive()
+    def count() -> None:
+        metrics.increment("calls")
 
-    lines = at_every_line(lambda: metrics.increment("calls"), strike)
+    lines = at_every_line(count, lambda: outcome(in_thread(count)))
     assert metrics.counter("calls") == 2 + 2 * lines
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@needs_fork
 def test_a_child_forked_at_any_line_may_count_and_read() -> None:
     metrics = InMemoryMetrics()
 
-    def fork() -> None:
-        child = os.fork()
-        if not child:
-            signal.alarm(60)
-            before = metrics.counter("calls")
-            metrics.increment("calls")
-            os._exit(metrics.snapshot().counters["calls", ()] != before + 1)
-        _, result = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(result) == 0
+    def count() -> None:
+        before = metrics.counter("calls")
+        metrics.increment("calls")
+        assert metrics.snapshot().counters["calls", ()] == before + 1
 
-    at_every_line(lambda: metrics.increment("calls"), fork)
+    at_every_line(lambda: metrics.increment("calls"), lambda: in_a_child(count))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 from opentelemetry import trace
@@ -13,7 +11,6 @@ from opentelemetry.sdk.metrics.export import Gauge
 from coalestra import SyncSnapshotBuilder
 from coalestra._telemetry import COUNTERS, OBSERVATIONS, Metrics
 from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
-from tests.architecture.source_tree import PACKAGE
 from tests.docs.pages import ROOT
 from tests.opentelemetry.memory import Meters, Spans, attributes
 from tests.orchestration.scripted import Single, builder, key
@@ -90,15 +87,3 @@ def test_every_attribute_of_a_span_is_explained_once(spans: Spans) -> None:
     tracer.end(call, {"outcome": "failure"}, ValueError())
     assert {name for span in spans.ended for name in attributes(span)} == set(explained)
     assert {span.kind for span in spans.ended} == {trace.SpanKind.INTERNAL}
-
-
-def test_without_the_api_the_import_says_what_to_install() -> None:
-    program = "import sys; sys.modules['opentelemetry'] = None; import coalestra.opentelemetry"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert "ImportError: coalestra.opentelemetry must have the package opentelemetry-api" in (
-        done.stderr
-    )
-    assert "'.[opentelemetry]'" in done.stderr

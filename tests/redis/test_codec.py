@@ -6,13 +6,9 @@ import dataclasses
 import datetime as dt
 import enum
 import math
-import os
-import subprocess
-import sys
 import uuid
 from collections import namedtuple
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -21,7 +17,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import coalestra
 from coalestra.core.frozen import FrozenDict
 from coalestra.redis import MessagePackCodec, Model, UnreadableEntryError, UnstorableValueError
 
@@ -243,25 +238,6 @@ def test_two_models_of_one_name_are_refused() -> None:
 def test_a_class_of_another_kind_is_refused_as_a_model_with_the_remedy() -> None:
     with pytest.raises(TypeError, match=r"Model\(kind, name, dump"):
         MessagePackCodec([Money])
-
-
-@pytest.mark.parametrize("missing", ["redis", "msgspec"])
-def test_without_its_packages_the_error_says_what_to_install(missing: str) -> None:
-    program = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "import coalestra; coalestra.SnapshotBuilder\n"
-        "import coalestra.redis"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(Path(str(coalestra.__file__)).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: coalestra.redis must have the packages redis and msgspec")
-    assert "'.[redis]'" in last
 
 
 @pytest.mark.parametrize("models", [Order, 5])

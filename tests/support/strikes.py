@@ -17,6 +17,14 @@ import coalestra
 LIBRARY = os.path.dirname(coalestra.__file__) + os.sep
 
 
+class Struck(BaseException):
+    """What a handler raises."""
+
+
+def raise_struck() -> None:
+    raise Struck
+
+
 def lines_of(call: Callable[[], object]) -> int:
     """How many lines of the library a call runs in this thread, the second time."""
     count = [0]

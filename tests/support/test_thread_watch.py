@@ -14,9 +14,9 @@ from coalestra.concurrency.threads import WorkerThreads
 from coalestra.observability import BufferedEventSink
 from tests.observability.recording import Recorder
 from tests.support import ThreadGate, begun, settle, thread_watch
+from tests.support.elsewhere import wait_until
 from tests.support.thread_watch import BLOCKED_SECONDS, ThreadWatch, library_jobs
 from tests.support.virtual_loop import PATIENCE
-from tests.sync.steps import wait_until
 
 
 async def test_a_job_counts_as_work_before_its_thread_has_woken_up() -> None:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from coalestra.sync import THREAD_NAME, LoopThread
-from tests.sync.steps import PATIENCE, loop_threads
+from tests.support.elsewhere import PATIENCE
+from tests.sync.steps import loop_threads
 
 
 @pytest.fixture(autouse=True)

@@ -29,18 +29,10 @@ from coalestra.sync import (
     SyncSnapshotBuilder,
     SyncSnapshotSession,
 )
+from tests.support.elsewhere import PATIENCE, in_a_child, in_thread, outcome, wait_until
 from tests.support.running import without_collector
 from tests.sync.sources import Prices, builder, source
-from tests.sync.steps import (
-    PATIENCE,
-    PRICE,
-    VOLUME,
-    Door,
-    in_a_fork,
-    in_thread,
-    outcome,
-    wait_until,
-)
+from tests.sync.steps import PRICE, VOLUME, Door
 
 pytestmark = pytest.mark.concurrency
 
@@ -312,9 +304,12 @@ def test_a_closed_facade_refuses_every_call(sync: SyncSnapshotBuilder) -> None:
 
 
 def test_a_forked_process_is_told_to_make_its_own(sync: SyncSnapshotBuilder) -> None:
-    message = in_a_fork(lambda: sync.build([PRICE]))
-    assert "does not survive a fork, so create a new builder" in message
-    assert in_a_fork(sync.close) == "nothing was raised"
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match="does not survive a fork, so create a new builder"):
+            sync.build([PRICE])
+        sync.close()
+
+    in_a_child(refused)
     assert sync.build([PRICE]).value(PRICE) == {"price": 1}
 
 
@@ -323,7 +318,7 @@ def test_a_forked_process_can_make_its_own(sync: SyncSnapshotBuilder) -> None:
         with SyncSnapshotBuilder(builder(Prices())) as own:
             own.build([PRICE])
 
-    assert in_a_fork(build) == "nothing was raised"
+    in_a_child(build)
 
 
 def test_a_session_keeps_what_it_has_read(sync: SyncSnapshotBuilder) -> None:
@@ -347,9 +342,13 @@ def test_a_session_keeps_what_it_has_read(sync: SyncSnapshotBuilder) -> None:
 
 
 def test_a_session_in_a_forked_process_has_nothing_to_close(sync: SyncSnapshotBuilder) -> None:
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match="create a new builder"):
+            session.resolve([PRICE])
+        session.close()
+
     with sync.session() as session:
-        assert in_a_fork(session.close) == "nothing was raised"
-        assert "create a new builder" in in_a_fork(lambda: session.resolve([PRICE]))
+        in_a_child(refused)
 
 
 def test_sources_see_the_context_variables_of_the_caller() -> None:

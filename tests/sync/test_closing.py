@@ -21,18 +21,9 @@ from coalestra.core.snapshot import Snapshot
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
 from tests.support import ThreadGate
+from tests.support.elsewhere import PATIENCE, error_of, in_thread, outcome, wait_until
 from tests.sync.sources import Prices, builder, source
-from tests.sync.steps import (
-    PATIENCE,
-    PRICE,
-    VOLUME,
-    Door,
-    error_of,
-    in_thread,
-    loop_threads,
-    outcome,
-    wait_until,
-)
+from tests.sync.steps import PRICE, VOLUME, Door, loop_threads
 
 pytestmark = pytest.mark.concurrency
 

@@ -14,8 +14,9 @@ import pytest
 from coalestra._lockfree import Changes
 from coalestra.core.errors import BuilderClosedError
 from coalestra.sync import THREAD_NAME, LoopThread, Operation, SubmissionBacklog, Work
+from tests.support.elsewhere import PATIENCE, error_of, in_thread, outcome
 from tests.support.running import no_more_threads
-from tests.sync.steps import PATIENCE, Door, error_of, in_thread, loop_threads, outcome
+from tests.sync.steps import Door, loop_threads
 
 pytestmark = pytest.mark.concurrency
 

@@ -19,8 +19,9 @@ from coalestra.core.errors import (
 )
 from coalestra.core.values import ResourceUpdate
 from coalestra.sync import LoopThread, SubmissionBacklog, SyncResourcePublisher
+from tests.support.elsewhere import error_of, in_thread, outcome
 from tests.sync.fakes import RESULT, RecordingPublisher
-from tests.sync.steps import PRICE, VOLUME, error_of, in_thread, outcome
+from tests.sync.steps import PRICE, VOLUME
 
 pytestmark = pytest.mark.concurrency
 

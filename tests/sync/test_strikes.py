@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,13 +19,17 @@ import pytest
 
 from coalestra.orchestration.builder import SnapshotBuilder
 from coalestra.sync import SyncSnapshotBuilder
-from tests.support.strikes import at_every_line, in_an_interpreter_of_its_own, lines_of, traced
+from tests.support.elsewhere import PATIENCE, in_a_child, in_thread, needs_fork, outcome
+from tests.support.strikes import (
+    Struck,
+    at_every_line,
+    in_an_interpreter_of_its_own,
+    lines_of,
+    raise_struck,
+    traced,
+)
 from tests.sync.sources import Prices, builder
-from tests.sync.steps import PATIENCE, PRICE, VOLUME, in_thread, outcome
-
-
-class Struck(BaseException):
-    """What a handler raises."""
+from tests.sync.steps import PRICE, VOLUME
 
 
 @pytest.fixture
@@ -59,11 +62,10 @@ def test_a_handler_may_build_wherever_it_strikes_a_build() -> None:
 
 
 def test_a_handler_raising_at_any_line_of_one_takes_no_place(facade: SyncSnapshotBuilder) -> None:
-    def strike() -> None:
-        raise Struck
-
     at_every_line(
-        lambda: facade.publisher.submit_publish(PRICE, 1, source="main"), strike, errors=(Struck,)
+        lambda: facade.publisher.submit_publish(PRICE, 1, source="main"),
+        raise_struck,
+        errors=(Struck,),
     )
     facade.publisher.flush(timeout_seconds=PATIENCE)
     gc.collect()
@@ -71,11 +73,8 @@ def test_a_handler_raising_at_any_line_of_one_takes_no_place(facade: SyncSnapsho
 
 
 def test_a_handler_that_raises_at_any_line_of_a_build_leaves_nothing_behind() -> None:
-    def strike() -> None:
-        raise Struck
-
     with SyncSnapshotBuilder(builder(Prices())) as facade:
-        at_every_line(lambda: facade.build([PRICE]), strike, errors=(Struck,))
+        at_every_line(lambda: facade.build([PRICE]), raise_struck, errors=(Struck,))
         facade.build([PRICE])
         assert "operations=0" in repr(facade._thread)
 
@@ -120,14 +119,13 @@ def test_another_thread_may_submit_while_a_handler_holds_one(facade: SyncSnapsho
     """No lock is held where a handler may strike: it may wait for who submits elsewhere."""
     submit = facade.publisher.submit_publish
 
-    def strike() -> None:
-        other = in_thread(lambda: submit(VOLUME, 2, source="other").result(PATIENCE))
-        other.result(PATIENCE)
+    def elsewhere() -> object:
+        return outcome(in_thread(lambda: outcome(submit(VOLUME, 2, source="other"))))
 
-    at_every_line(lambda: submit(PRICE, 1, source="main"), strike)
+    at_every_line(lambda: submit(PRICE, 1, source="main"), elsewhere)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_a_child_forked_at_any_line_is_refused_and_may_close() -> None:
     in_an_interpreter_of_its_own(fork_at_every_line)
 
@@ -135,20 +133,15 @@ def test_a_child_forked_at_any_line_is_refused_and_may_close() -> None:
 def fork_at_every_line() -> None:
     with SyncSnapshotBuilder(SnapshotBuilder([]), max_pending_submissions=10_000) as facade:
 
-        def fork() -> None:
-            child = os.fork()
-            if not child:
-                signal.alarm(60)
-                try:
-                    facade.publisher.submit_publish(PRICE, 1, source="child")
-                except RuntimeError as error:
-                    facade.close()
-                    os._exit("create a new builder" not in str(error))
-                os._exit(2)
-            _, result = os.waitpid(child, 0)
-            assert os.waitstatus_to_exitcode(result) == 0
+        def submit() -> object:
+            return facade.publisher.submit_publish(PRICE, 1, source="main")
 
-        at_every_line(lambda: facade.publisher.submit_publish(PRICE, 1, source="main"), fork)
+        def refused() -> None:
+            with pytest.raises(RuntimeError, match="create a new builder"):
+                submit()
+            facade.close()
+
+        at_every_line(submit, lambda: in_a_child(refused))
 
 
 def test_a_thread_that_has_the_number_of_an_ended_loop_thread_is_not_taken_for_it() -> None:
