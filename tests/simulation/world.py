@@ -264,11 +264,12 @@ class World:
         self.vanishes = chance.random() < 0.5
         self.prompt = chance.choice((0.0, 0.5, 0.95))
         self.nests = chance.random() < 0.3
-        self.mutable = chance.random() < 0.15
+        self.mutable = chance.random() < 0.3
         self.odd = not self.calm and chance.random() < 0.3
         self.narrow = not self.calm and chance.random() < 0.3
         self.closes = chance.random() < 0.1
         self.closed = False
+        self.kept: list[tuple[float, Any]] = []
         self.events = Events() if chance.random() < 0.2 else None
         self.metrics = InMemoryMetrics()
         self.told: dict[str, SnapshotDiagnostics] = {}
@@ -367,7 +368,9 @@ class World:
                 await world.nest(world.bases)
                 with world.calls.running("derived"):
                     await world.work()
-                return {str(each): value.value for each, value in inputs.items()}
+                derived = {str(each): value.value for each, value in inputs.items()}
+                world.keep(derived)
+                return derived
 
         pair = Pair("batch")
         pair.max_batch_size = self.chance.choice((None, 1, 2))
@@ -433,6 +436,16 @@ class World:
         numbers = range(floor.get(k, 0), self.truth.get(k, 0) + 1)
         return any(self.is_absent(number) for number in numbers)
 
+    def keep(self, payload: Any) -> None:
+        """Hold on to what a source returns, as some do."""
+        self.kept.append((asyncio.get_running_loop().time(), payload))
+
+    def spoil_what_sources_keep(self) -> None:
+        """Change what sources have returned at an earlier time, and so is copied by now."""
+        now = asyncio.get_running_loop().time()
+        spoil([payload for at, payload in self.kept if at < now])
+        self.kept = [each for each in self.kept if each[0] >= now]
+
     async def pause(self) -> None:
         """Take a moment, or none."""
         for _ in range(self.chance.randint(0, 2)):
@@ -477,11 +490,13 @@ class World:
                 await self.work()
             lasting = self.chance.choice((None, 1.0, 100.0))
             kinds = (tuple, list) if self.mutable else (tuple,)
+            values = {k: self.chance.choice(kinds)(value) for k, value in found.items()}
+            self.keep(values)
             return {
                 k: ResourceAbsent(ttl_seconds=lasting, final=self.chance.random() < 0.3)
-                if self.is_absent(value[1])
-                else SourcePayload(self.chance.choice(kinds)(value), observed_at)
-                for k, value in found.items()
+                if self.is_absent(found[k][1])
+                else SourcePayload(value, observed_at)
+                for k, value in values.items()
             }
         except asyncio.CancelledError:
             cancelled = True
@@ -537,7 +552,9 @@ class World:
             try:
                 with self.calls.changing(k):
                     if self.chance.random() < 0.5 and not self.is_absent(value):
-                        await self.builder.publisher.publish(k, (str(k), value), source="news")
+                        told = (list if self.mutable else tuple)((str(k), value))
+                        await self.builder.publisher.publish(k, told, source="news")
+                        spoil(told)
                     else:
                         await self.builder.publisher.invalidate(k)
             except Exception:
@@ -555,3 +572,11 @@ def facts(payload: Any) -> Iterator[tuple[str, int]]:
     else:
         name, number = payload
         yield name, number
+
+
+def spoil(payload: Any) -> None:
+    """Change all of a payload that can be changed: nobody else has it, so nobody may see that."""
+    if isinstance(payload, (list, dict)):
+        for each in payload.values() if isinstance(payload, dict) else payload:
+            spoil(each)
+        payload.clear()
