@@ -370,7 +370,12 @@ def check(
             if needed in snapshot:
                 assert snapshot[needed].version == version, f"{k} is not made of {needed}"
                 assert value.value[str(needed)] == snapshot.value(needed)
-    for value in snapshot.values():
+    now = world.clock.now()
+    for k, value in snapshot.items():
+        if not world.jumps:
+            assert 0 <= value.age_seconds <= max(0.0, now - value.observed_at), k
+            ttl = world.builder.policy_resolver.resolve(k).ttl_seconds
+            assert value.inherits_freshness or value.stale == (value.age_seconds > ttl), k
         spoil(value.value)
 
 
