@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from redis.asyncio import Redis
@@ -42,19 +42,27 @@ def value_of(
 
 
 @asynccontextmanager
+async def opened(client: Any, prefix: str, **settings: Any) -> AsyncIterator[RedisCache]:
+    """A cache over a client of the test's own making, which is closed as well."""
+    settings = {"time_limit_seconds": PATIENT_SECONDS, **settings}
+    cache = RedisCache(client, prefix=prefix, **settings)
+    try:
+        yield cache
+    finally:
+        await cache.aclose()
+        if not isinstance(client, str):
+            await client.aclose()
+
+
+@asynccontextmanager
 async def caches_of(
     server: Server, prefix: str, number: int = 1, **settings: Any
 ) -> AsyncIterator[list[RedisCache]]:
     """Caches that know nothing of each other, as in different processes."""
-    settings = {"time_limit_seconds": PATIENT_SECONDS, **settings}
-    clients = [Redis.from_url(server.url) for _ in range(number)]
-    made = [RedisCache(client, prefix=prefix, **settings) for client in clients]
-    try:
-        yield made
-    finally:
-        for cache, client in zip(made, clients, strict=True):
-            await cache.aclose()
-            await client.aclose()
+    async with AsyncExitStack() as made:
+        clients = [Redis.from_url(server.url) for _ in range(number)]
+        several = [opened(client, prefix, **settings) for client in clients]
+        yield [await made.enter_async_context(each) for each in several]
 
 
 async def read(cache: RedisCache, key: ResourceKey = A, policy: FreshnessPolicy = POLICY) -> Any:
@@ -84,6 +92,13 @@ async def lease(cache: RedisCache, key: ResourceKey = A, **terms: Any) -> Lease:
     found = (await leased(cache, (key,), **terms))[key].lease
     assert found is not None
     return found
+
+
+async def waits(cache: RedisCache, **terms: Any) -> asyncio.Task[dict[ResourceKey, LeasedLookup]]:
+    """Ask for A in vain, and wait for who has the lease on it."""
+    waiting = asyncio.create_task(leased(cache, **terms))
+    await until(lambda: cache.health().waiting)
+    return waiting
 
 
 async def fulfil(cache: RedisCache, held: Lease, payload: Any = 1, **terms: Any) -> Any:

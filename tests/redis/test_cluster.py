@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from redis.asyncio import RedisCluster
 from coalestra import CallableBatchSource, ResourceKey, SnapshotBuilder
 from coalestra.redis import RedisCache
 from tests.redis.servers import Server, cluster
-from tests.redis.stock import POLICY, A, Told, fulfil, lease, leased, read, until, value_of
+from tests.redis.stock import POLICY, A, Told, fulfil, lease, leased, opened, read, until, value_of
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server, pytest.mark.slow]
 
@@ -30,17 +30,11 @@ def nodes() -> Iterator[list[Server]]:
 async def caches(
     nodes: list[Server], prefix: str, number: int = 2
 ) -> AsyncIterator[list[RedisCache]]:
-    clients = [
-        RedisCluster(host="127.0.0.1", port=nodes[index % len(nodes)].port)
-        for index in range(number)
-    ]
-    made = [RedisCache(client, prefix=prefix, time_limit_seconds=5.0) for client in clients]
-    try:
-        yield made
-    finally:
-        for cache, client in zip(made, clients, strict=True):
-            await cache.aclose()
-            await client.aclose()
+    async with AsyncExitStack() as made:
+        ports = [nodes[index % len(nodes)].port for index in range(number)]
+        clients = [RedisCluster(host="127.0.0.1", port=port) for port in ports]
+        several = [opened(client, prefix, time_limit_seconds=5.0) for client in clients]
+        yield [await made.enter_async_context(each) for each in several]
 
 
 async def test_values_travel_between_processes_and_nodes(nodes: list[Server], prefix: str) -> None:

@@ -142,13 +142,10 @@ def test_what_was_written_comes_back_with_the_same_types(value: Any) -> None:
     dt.datetime(2020, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")),
     dt.time(1, 2, tzinfo=dt.timezone(dt.timedelta(seconds=-61))), uuid.UUID(int=1),
     Order(Side.BUY, Decimal("1.50")), FrozenDict({"a": (1,)}), {1: "one", "1": "text", (1,): {2}},
+    [Quote(1.5)],
 ], ids=repr)  # fmt: skip
 def test_the_corners_come_back_too(value: Any) -> None:
     assert same(CODEC.decode(CODEC.encode(value)), value)
-
-
-def test_a_struct_comes_back() -> None:
-    assert CODEC.decode(CODEC.encode([Quote(1.5)])) == [Quote(1.5)]
 
 
 @pytest.mark.parametrize("value,place,name", [
@@ -230,17 +227,12 @@ def test_a_model_that_has_lost_a_field_is_unreadable() -> None:
         CODEC.decode(MessagePackCodec([other]).encode(Order(Side.BUY, Decimal(1))))
 
 
-def test_two_models_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="twice"):
-        MessagePackCodec([Side, Side])
-
-
-def test_a_class_of_another_kind_is_refused_as_a_model_with_the_remedy() -> None:
-    with pytest.raises(TypeError, match=r"Model\(kind, name, dump"):
-        MessagePackCodec([Money])
-
-
-@pytest.mark.parametrize("models", [Order, 5])
-def test_models_that_are_not_several_are_refused_by_name(models: Any) -> None:
-    with pytest.raises(TypeError, match="models must be an Iterable"):
+@pytest.mark.parametrize("models, error, said", [
+    ([Side, Side], ValueError, "twice"), ([Money], TypeError, r"Model\(kind, name, dump"),
+    (Order, TypeError, "models must be an Iterable"), (5, TypeError, "models must be an Iterable"),
+])  # fmt: skip
+def test_what_are_no_models_is_refused_with_the_remedy(
+    models: Any, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
         MessagePackCodec(models)

@@ -33,26 +33,16 @@ from tests.redis.stock import (
     fulfil,
     lease,
     leased,
+    opened,
     read,
     until,
     value_of,
+    waits,
 )
 from tests.redis.test_page import PAGE
 from tests.redis.test_trouble import Truth, stored, value
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
-
-
-@contextlib.asynccontextmanager
-async def cache_over(client: Any, prefix: str, **settings: Any) -> AsyncIterator[RedisCache]:
-    """A cache over a client of the test's own making, which is closed as well."""
-    cache = RedisCache(client, prefix=prefix, time_limit_seconds=PATIENT_SECONDS, **settings)
-    try:
-        yield cache
-    finally:
-        await cache.aclose()
-        if not isinstance(client, str):
-            await client.aclose()
 
 
 # Encrypted ------------------------------------------------------------------------------------
@@ -81,7 +71,7 @@ def encrypted(tmp_path: Path) -> Iterator[str]:
 
 async def test_all_of_it_goes_over_tls_the_news_as_well(encrypted: str, prefix: str) -> None:
     url = f"{encrypted}&protocol=3&decode_responses=True"
-    async with cache_over(url, prefix) as one, cache_over(url, prefix) as other:
+    async with opened(url, prefix) as one, opened(url, prefix) as other:
         told = Told()
         other.subscribe(told)
         await read(other)
@@ -91,7 +81,7 @@ async def test_all_of_it_goes_over_tls_the_news_as_well(encrypted: str, prefix: 
         await until(lambda: (A, sent.version) in told.changes)
         assert await read(other) == 1
     once = Retry(NoBackoff(), 0)
-    async with cache_over(Redis.from_url(encrypted.split("?")[0], retry=once), prefix) as stranger:
+    async with opened(Redis.from_url(encrypted.split("?")[0], retry=once), prefix) as stranger:
         with pytest.raises(SharedCacheUnavailableError, match="certificate verify failed"):
             await read(stranger)
 
@@ -121,12 +111,11 @@ def allowed(server: Server, *changes: str) -> Iterator[str]:
 async def test_a_user_needs_no_more_rights_than_the_page_says(server: Server) -> None:
     server.command("SCRIPT", "FLUSH")
     with allowed(server, "+scan", "+unlink") as url:
-        async with cache_over(url, "few:rights") as one, cache_over(url, "few:rights") as other:
+        async with opened(url, "few:rights") as one, opened(url, "few:rights") as other:
             told = Told()
             other.subscribe(told)
             held = await lease(one)
-            waiting = asyncio.ensure_future(leased(other))
-            await until(lambda: other.health().waiting)
+            waiting = await waits(other)
             one._renew()
             await one.release_many([held])
             mine = (await waiting)[A].lease
@@ -148,7 +137,7 @@ async def test_what_the_server_refuses_in_part_is_not_called_done(
 ) -> None:
     """The publisher offers a second time what has failed; it finds no half of it there."""
     with allowed(server, lacking) as url:
-        async with cache_over(url, "few:rights") as cache:
+        async with opened(url, "few:rights") as cache:
             builder = SnapshotBuilder([Truth().source], cache=cache, default_policy=POLICY)
             with pytest.raises(SharedCacheUnavailableError, match="allow the client's user"):
                 if lacking == "-del":
@@ -166,7 +155,7 @@ async def test_what_the_server_refuses_is_an_error_of_the_cache(
     server: Server, lacking: str
 ) -> None:
     with allowed(server, "+scan", "+unlink", lacking) as url:
-        async with cache_over(url, "few:rights") as cache:
+        async with opened(url, "few:rights") as cache:
             with pytest.raises(SharedCacheUnavailableError, match="refuses: .* has no permissions"):
                 await cache.clear()
 
@@ -177,7 +166,7 @@ async def test_what_the_server_refuses_is_an_error_of_the_cache(
 async def test_a_burst_waits_for_the_connections_that_there_are(
     server: Server, prefix: str
 ) -> None:
-    async with cache_over(Redis.from_url(server.url, max_connections=2), prefix) as cache:
+    async with opened(Redis.from_url(server.url, max_connections=2), prefix) as cache:
         keys = [ResourceKey("many", "n", str(number)) for number in range(20)]
         results = await asyncio.gather(*(cache.set_if_newer(value_of(key)) for key in keys))
         assert all(each.stored for each in results)
@@ -188,7 +177,7 @@ async def test_a_burst_opens_few_connections_and_one_after_the_other(
     server: Server, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With TLS each may hold up the loop for so long that all calls beside it come too late."""
-    async with cache_over(Redis.from_url(server.url), prefix) as cache:
+    async with opened(Redis.from_url(server.url), prefix) as cache:
         send, begun, ended = cache._server._send, 0, 0
 
         async def counted(*terms: Any) -> Any:
@@ -366,7 +355,7 @@ async def test_a_replica_is_not_believed_and_left_for_where_its_name_leads(
 ) -> None:
     name = Name(own_server)
     async with name.resolved() as url:
-        async with cache_over(Redis.from_url(url), prefix) as cache:
+        async with opened(Redis.from_url(url), prefix) as cache:
             truth = Truth()
             builder = SnapshotBuilder([truth.source], cache=cache, default_policy=POLICY)
             assert await value(builder) == 1
@@ -390,7 +379,7 @@ async def test_a_replica_is_not_believed_and_left_for_where_its_name_leads(
 
 
 async def test_who_only_writes_leaves_a_replica_as_well(own_server: Server, prefix: str) -> None:
-    async with cache_over(Redis.from_url(own_server.url), prefix) as cache:
+    async with opened(Redis.from_url(own_server.url), prefix) as cache:
         await cache.set(value_of())
         await until(cache.caught_up)
         own_server.command("REPLICAOF", "127.0.0.1", "1")
@@ -430,7 +419,7 @@ async def test_a_primary_that_sentinel_replaced_is_left_while_it_still_answers(
     guard = Guard([])  # type: ignore[no-untyped-call]  # theirs
     guard.primary = own_server
     client = guard.master_for("shop")
-    async with cache_over(client, prefix) as cache:
+    async with opened(client, prefix) as cache:
         await cache.set(value_of())
         await until(cache.caught_up)
         guard.primary = None
@@ -459,7 +448,7 @@ async def test_a_failover_by_sentinel_is_over_in_seconds(tmp_path: Path, prefix:
             await until(lambda: "+slave" in (tmp_path / "log").read_text())
             client = guard.master_for("shop")
             truth = Truth()
-            async with cache_over(client, prefix) as cache:
+            async with opened(client, prefix) as cache:
                 builder = SnapshotBuilder([truth.source], cache=cache, default_policy=POLICY)
                 await builder.publisher.publish(A, 2, source="truth")
                 await until(lambda: stored(second, prefix))
@@ -521,8 +510,8 @@ async def test_what_another_codec_wrote_is_missing_and_not_misread(
 ) -> None:
     assert MessagePackCodec().decode(Plain().encode(7)) == ord("7")  # a wrong value
     async with (
-        cache_over(Redis.from_url(server.url), prefix) as one,
-        cache_over(Redis.from_url(server.url), prefix, codec=Plain()) as other,
+        opened(Redis.from_url(server.url), prefix) as one,
+        opened(Redis.from_url(server.url), prefix, codec=Plain()) as other,
     ):
         await other.set(value_of(A, 7))
         assert [await read(one), await read(other)] == [None, 7]

@@ -63,6 +63,7 @@ from tests.redis.stock import (
     read,
     until,
     value_of,
+    waits,
 )
 from tests.support import Gate
 
@@ -308,15 +309,19 @@ async def test_an_entry_from_the_future_is_replaced_once_for_all_processes(cache
         assert len(asked) == 1
 
 
-async def test_whatever_a_codec_raises_concerns_one_entry_alone(caches: Caches) -> None:
+@pytest.mark.parametrize("payload, error", [
+    (object(), UnstorableValueError), ("unwritable", ZeroDivisionError),
+])  # fmt: skip
+async def test_what_a_codec_refuses_or_raises_concerns_one_entry_alone(
+    caches: Caches, payload: Any, error: type[Exception]
+) -> None:
     async with caches(2, codec=Odd()) as [one, other]:
         held, fine = await lease(one), await lease(one, B)
-        waiting = asyncio.create_task(leased(other))
-        await until(lambda: other.health().waiting)
-        values = {held: value_of(A, "unwritable"), fine: value_of(B, "well")}
+        waiting = await waits(other)
+        values = {held: value_of(A, payload), fine: value_of(B, "well")}
         outcome = await one.fulfil_many(values, policies={A: POLICY, B: POLICY})
-        assert isinstance(outcome[A], ZeroDivisionError)
-        assert (await waiting)[A].lookup.value is None
+        assert isinstance(outcome[A], error)
+        assert (await waiting)[A] == LeasedLookup(await other.get(A, now=0.0, policy=POLICY))
         await one.set(value_of(C, "unreadable"))
         assert [await read(other, key) for key in (B, C)] == ["well", None]
         found = await other.get_many((B, C), now=time.time(), policies={B: POLICY, C: POLICY})
@@ -345,8 +350,7 @@ async def test_what_needs_no_waiting_comes_first_and_together(caches: Caches) ->
 async def test_a_lease_given_back_goes_to_one_of_those_who_wait(caches: Caches) -> None:
     async with caches(3) as [one, *others]:
         held = await lease(one)
-        waiting = [asyncio.create_task(leased(each)) for each in others]
-        await until(lambda: all(each.health().waiting for each in others))
+        waiting = [await waits(each) for each in others]
         await one.release_many([held])
         await until(lambda: any(each.done() for each in waiting))
         [next_one] = [each for each in waiting if each.done()]
@@ -361,8 +365,7 @@ async def test_who_has_waited_for_one_in_vain_goes_on_alone(caches: Caches) -> N
     """A source that fails is not asked by one process after the other."""
     async with caches(3) as [one, *others]:
         held = await lease(one)
-        waiting = [asyncio.create_task(leased(each)) for each in others]
-        await until(lambda: all(each.health().waiting for each in others))
+        waiting = [await waits(each) for each in others]
         await one.release_many([held], failed=True)
         for each in waiting:
             told = (await each)[A]
@@ -372,12 +375,10 @@ async def test_who_has_waited_for_one_in_vain_goes_on_alone(caches: Caches) -> N
 async def test_a_lease_that_is_not_renewed_passes_to_the_next(caches: Caches) -> None:
     async with caches(2, lease_seconds=0.3) as [one, other]:
         held = await lease(one)
-        token, one_lease = held.token, held
-        del held
         one._leases.clear()  # as if the process had died
         taken = await asyncio.wait_for(lease(other), PATIENT_SECONDS)
-        assert taken.token != token
-        assert (await fulfil(one, one_lease, "late")).status is OLDER
+        assert taken.token != held.token
+        assert (await fulfil(one, held, "late")).status is OLDER
         assert (await fulfil(other, taken, "second")).status is STORED
         assert await read(one) == "second"
 
@@ -402,8 +403,7 @@ async def test_a_lease_lasts_while_its_holder_lives(
             ends = ends_of_lease(server, prefix)
             await until(lambda: ends_of_lease(server, prefix) > ends)  # noqa: B023
         assert set(pauses) == {10.0}
-        waiting = asyncio.create_task(leased(other))
-        await until(lambda: other.health().waiting)
+        waiting = await waits(other)
         assert (await fulfil(one, held, "slow")).status is STORED
         told = (await waiting)[A].lookup.value
         assert told is not None
@@ -418,8 +418,7 @@ def ends_of_lease(server: Server, prefix: str) -> float:
 async def test_closing_gives_back_leases_at_once(caches: Caches) -> None:
     async with caches(2) as [one, other]:
         held = await lease(one)
-        waiting = asyncio.create_task(leased(other))
-        await until(lambda: other.health().waiting)
+        waiting = await waits(other)
         await one.aclose()
         assert (await waiting)[A].lease is not None
         assert held.key == A
@@ -449,8 +448,7 @@ async def test_who_waits_for_another_process_is_told_that_the_cache_closes(cache
     """Else he would go on asking, and be given a lease that nobody gives back."""
     async with caches(3) as [one, other, third]:
         held = await lease(one)
-        waiting = asyncio.create_task(leased(other))
-        await until(lambda: other.health().waiting)
+        waiting = await waits(other)
         await other.aclose()
         with pytest.raises(RuntimeError, match="closed"):
             await asyncio.wait_for(waiting, 3)
@@ -521,26 +519,12 @@ async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(caches: Cache
         old = value_of(A, "old")
         await one.set(old)
         held = await lease(one, unlike={A: old.version})
-        waiting = asyncio.create_task(leased(other, unlike={A: old.version}))
-        await until(lambda: other.health().waiting)
+        waiting = await waits(other, unlike={A: old.version})
         await fulfil(one, held, "new")
         told = (await waiting)[A]
         assert told.lease is None
         assert told.lookup.value is not None
         assert told.lookup.value.value == "new"
-
-
-async def test_a_value_that_cannot_be_stored_lets_the_others_go_on(caches: Caches) -> None:
-    async with caches(2) as [one, other]:
-        held, fine = await lease(one), await lease(one, B)
-        waiting = asyncio.create_task(leased(other))
-        await until(lambda: other.health().waiting)
-        outcome = await one.fulfil_many(
-            {held: value_of(A, object()), fine: value_of(B, 2)}, policies={A: POLICY, B: POLICY}
-        )
-        assert isinstance(outcome[A], UnstorableValueError)
-        assert await read(other, B) == 2
-        assert (await waiting)[A] == LeasedLookup(await other.get(A, now=0.0, policy=POLICY))
 
 
 async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
@@ -640,8 +624,7 @@ async def test_who_has_waited_for_a_stale_value_goes_on_alone(
     async with caches(3) as [one, *others]:
         await one.set(value_of(A, "before", observed_at=now - 6))
         held = await lease(one, policy=policy)
-        waiting = [asyncio.create_task(leased(each, policy=policy)) for each in others]
-        await until(lambda: all(each.health().waiting for each in others))
+        waiting = [await waits(each, policy=policy) for each in others]
         stale = value_of(A, "stale", observed_at=now - seconds)
         outcome = (await one.fulfil_many({held: stale}, policies={A: policy}))[A]
         assert (getattr(outcome, "status", None) is STORED) is stored
@@ -1098,8 +1081,7 @@ async def test_numbers_of_another_class_are_shared_as_the_numbers_they_are(cache
 async def test_nothing_is_left_after_closing(caches: Caches) -> None:
     async with caches(2) as [one, other]:
         await lease(one)
-        waiting = asyncio.create_task(leased(other))
-        await until(lambda: other.health().waiting)
+        waiting = await waits(other)
         waiting.cancel()
     await asyncio.wait({waiting})
     assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -28,8 +28,9 @@ from coalestra.redis import RedisCache, SharedCacheUnavailableError
 from coalestra.redis.server import _Line
 from tests.redis.processes import SOURCE
 from tests.redis.servers import Server, running
-from tests.redis.stock import PATIENT_SECONDS, A, B, until
+from tests.redis.stock import PATIENT_SECONDS, A, B, opened, until
 from tests.support import Gate, begun
+from tests.support.elsewhere import needs_fork
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
 
@@ -63,15 +64,12 @@ async def a_process(
     server: Server, prefix: str, limit_seconds: float = PATIENT_SECONDS
 ) -> AsyncIterator[tuple[SnapshotBuilder, RedisCache, Truth]]:
     """A builder over a shared cache, as one process has them."""
-    truth = Truth()
-    client = Redis.from_url(server.url)
-    cache = RedisCache(client, prefix=prefix, time_limit_seconds=limit_seconds)
-    try:
-        async with SnapshotBuilder([truth.source], cache=cache, default_policy=POLICY) as builder:
-            yield builder, cache, truth
-    finally:
-        await cache.aclose()
-        await client.aclose()
+    truth, client = Truth(), Redis.from_url(server.url)
+    async with (
+        opened(client, prefix, time_limit_seconds=limit_seconds) as cache,
+        SnapshotBuilder([truth.source], cache=cache, default_policy=POLICY) as builder,
+    ):
+        yield builder, cache, truth
 
 
 async def value(builder: SnapshotBuilder, key: ResourceKey = A) -> Any:
@@ -370,28 +368,18 @@ async def test_a_subscription_the_server_refuses_is_none(own_server: Server, pre
 
 async def test_waiting_for_others_survives_a_loss_of_news(own_server: Server, prefix: str) -> None:
     async with (
-        a_process(own_server, prefix) as (_, one_cache, truth),
+        a_process(own_server, prefix) as (one, one_cache, truth),
         a_process(own_server, prefix) as (other, other_cache, other_truth),
     ):
-        gate = asyncio.Event()
-        fetch = truth.fetch
-
-        async def slow(keys: Collection[ResourceKey], context: object) -> dict[Any, Any]:
-            await gate.wait()
-            return await fetch(keys, context)
-
-        truth.fetch = slow  # type: ignore[assignment, method-assign]  # held back by the test
-        source = truth.source
-        slow_builder = SnapshotBuilder([source], cache=one_cache, default_policy=POLICY)
-        first = asyncio.create_task(value(slow_builder))
+        truth.gate.close()
+        first = asyncio.create_task(value(one))
         await until(lambda: one_cache.health().leases)
         second = asyncio.create_task(value(other))
         await until(lambda: other_cache.health().waiting)
         own_server.command("CLIENT", "KILL", "TYPE", "pubsub")
-        gate.set()
+        truth.gate.open()
         assert [await first, await second] == [1, 1]
         assert other_truth.calls == 0
-        await slow_builder.aclose()
 
 
 # One's own processes --------------------------------------------------------------------------
@@ -417,14 +405,6 @@ def test_a_threaded_builder_works_as_well(server: Server, prefix: str) -> None:
     assert truth.calls == 1
 
 
-async def test_a_builder_over_a_cache_of_before_a_fork_is_told(server: Server, prefix: str) -> None:
-    async with a_process(server, prefix) as (builder, cache, _):
-        cache._made_by -= 1
-        with pytest.raises(RuntimeError, match="post_fork"):
-            await value(builder)
-        cache._made_by += 1
-
-
 FORKED = """
 import asyncio, os, sys
 from coalestra import CallableSource, ResourceKey, SnapshotBuilder
@@ -448,7 +428,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@needs_fork
 def test_the_child_of_a_fork_is_told_to_make_its_own(server: Server) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FORKED, server.url], env={**os.environ, "PYTHONPATH": str(SOURCE)},
