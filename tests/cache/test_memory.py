@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import threading
 import weakref
 from typing import Any
 
@@ -15,7 +14,7 @@ from coalestra.core.errors import PayloadCopyShutdownTimeoutError, PayloadCopySu
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import PolicyResolver
 from coalestra.core.values import CacheStats
-from tests.contracts.samples import NOW, POLICY, A, B, C, value_of
+from tests.contracts.samples import NOW, POLICY, A, B, C, Slow, value_of
 from tests.support import begun, settle
 
 
@@ -173,16 +172,6 @@ async def test_values_of_which_there_is_one_look_only_are_all_stored() -> None:
 async def test_a_wrong_argument_is_refused_by_name(method: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"^{next(iter(arguments))[:3]}.* must "):
         await getattr(AsyncMemoryCache(), method)(**arguments)
-
-
-class Slow:
-    """Its copy takes as long as the test wants."""
-
-    release = threading.Event()
-
-    def __deepcopy__(self, memo: Any) -> Slow:
-        assert self.release.wait(10)
-        return self
 
 
 async def test_closing_waits_for_copies_and_names_what_is_late() -> None:

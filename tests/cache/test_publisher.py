@@ -41,7 +41,7 @@ from coalestra.core.values import (
 )
 from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
-from tests.contracts.samples import NOW, POLICY, A, B, C, Witness, value_of
+from tests.contracts.samples import NOW, POLICY, A, B, C, Slow, Witness, publisher_to, value_of
 from tests.orchestration.scripted import Single, builder, held_at
 from tests.support import Gate, ManualClock, begun, cancel_at_every_await, settle
 from tests.support.running import without_collector
@@ -60,33 +60,21 @@ def shared(
     return access, ResourcePublisher.sharing(access, None, check_open, **{**defaults, **settings})
 
 
-def standalone(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
-    defaults: dict[str, Any] = {
-        "clock": ManualClock(NOW),
-        "policy_resolver": PolicyResolver(POLICY),
-        "metrics": NullMetrics(),
-        "events": NullEventSink(),
-    }
-    return ResourcePublisher(cache=cache, **{**defaults, **settings})
+def watched(cache: AsyncCache) -> tuple[Witness, ResourcePublisher]:
+    """The same, and who hears of what it does."""
+    access, publisher = shared(cache)
+    witness = Witness()
+    access.subscribers.subscribe(witness)
+    return witness, publisher
 
 
 async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awaited() -> None:
-    access, publisher = shared(SingleKeyCache())
-    witness = Witness()
-    access.subscribers.subscribe(witness)
+    witness, publisher = watched(SingleKeyCache())
     publishing = publisher.publish(A, 1, source="s")
     publishing.send(None)
     assert witness.heard == [("announced", (A,))]
     publishing.close()
     assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
-
-
-class Slow:
-    release = threading.Event()
-
-    def __deepcopy__(self, memo: Any) -> Slow:
-        assert self.release.wait(10)
-        return self
 
 
 @pytest.mark.parametrize(
@@ -97,9 +85,7 @@ async def test_an_event_whose_copy_takes_long_is_announced_when_it_is_made(
     make: Callable[[], AsyncCache], told: list[str]
 ) -> None:
     Slow.release.clear()
-    access, publisher = shared(make())
-    witness = Witness()
-    access.subscribers.subscribe(witness)
+    witness, publisher = watched(make())
     publishing = await begun(publisher.publish(A, Slow(), source="s"))
     heard = list(witness.heard)
     Slow.release.set()
@@ -143,7 +129,7 @@ async def test_an_event_whose_copy_takes_long_does_not_replace_a_later_one(
 ) -> None:
     Slow.release.clear()
     cache, clock = make(), ManualClock(NOW)
-    publisher = standalone(cache, clock=clock)
+    publisher = publisher_to(cache, clock=clock)
     earlier = await begun(publisher.publish(A, Slow(), source="s"))
     both = await begun(publisher.publish_many([ResourceUpdate(k, Slow(), "s") for k in (B, C)]))
     clock.advance(1)
@@ -160,7 +146,7 @@ async def test_an_event_whose_copy_takes_long_does_not_replace_a_later_one(
 
 async def test_events_that_nothing_came_between_take_one_call() -> None:
     cache = DatesOnArrival()
-    publisher = standalone(cache)
+    publisher = publisher_to(cache)
     await publisher.publish(A, 1, source="s")
     await publisher.publish_many([ResourceUpdate(key, 2, "s") for key in (A, B, C)])
     assert cache.calls == ["set_many_if_newer"] * 2
@@ -173,18 +159,14 @@ async def test_a_failed_publication_is_concluded() -> None:
         raise ConnectionError("the cache is away")
 
     cache.set = refuse  # type: ignore[method-assign]
-    access, publisher = shared(cache)
-    witness = Witness()
-    access.subscribers.subscribe(witness)
+    witness, publisher = watched(cache)
     with pytest.raises(ConnectionError):
         await publisher.publish(A, 1, source="s")
     assert witness.heard == [("announced", (A,)), ("concluded", (A,))]
 
 
 async def test_cancelled_publications_leave_no_announcement_open() -> None:
-    access, publisher = shared(SingleKeyCache())
-    witness = Witness()
-    access.subscribers.subscribe(witness)
+    witness, publisher = watched(SingleKeyCache())
     updates = [ResourceUpdate(key, 1, "s") for key in (A, B, C)]
 
     async def check() -> None:
@@ -237,7 +219,7 @@ async def test_the_values_of_one_publication_are_copied_side_by_side(
     make: Callable[[], AsyncCache],
 ) -> None:
     """As many at a time as there may be: in, to the cache, and out."""
-    publisher = standalone(make(), **in_pairs())
+    publisher = publisher_to(make(), **in_pairs())
     results = await publisher.publish_many([ResourceUpdate(k, [k.name], "s") for k in (A, B)])
     assert [results[key].value.value for key in (A, B)] == [[A.name], [B.name]]
 
@@ -258,7 +240,7 @@ async def test_what_is_read_from_and_written_to_a_cache_is_copied_side_by_side()
 
 async def test_closing_names_copies_that_are_late() -> None:
     Slow.release.clear()
-    publisher = standalone(AsyncMemoryCache())
+    publisher = publisher_to(AsyncMemoryCache())
     publishing = await begun(publisher.publish(A, Slow(), source="s"))
     try:
         with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
@@ -281,11 +263,11 @@ def test_wrong_settings_are_refused_by_name(
     settings: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error, match=next(iter(settings))):
-        standalone(AsyncMemoryCache(), **settings)
+        publisher_to(AsyncMemoryCache(), **settings)
 
 
 async def test_wrong_arguments_are_refused_by_name() -> None:
-    publisher: Any = standalone(AsyncMemoryCache())
+    publisher: Any = publisher_to(AsyncMemoryCache())
     with pytest.raises(TypeError, match="key"):
         await publisher.publish("a:b", 1, source="s")
     with pytest.raises(TypeError, match="force"):
@@ -308,9 +290,9 @@ async def test_wrong_arguments_are_refused_by_name() -> None:
 def test_authority_rules_need_a_cache_that_enforces_them() -> None:
     rules = AuthorityPolicyResolver(SourceAuthorityPolicy({"local": 1}))
     with pytest.raises(ValueError, match="validates_source_authority = True"):
-        standalone(SingleKeyCache(), authority_resolver=rules)
-    standalone(SingleKeyCache(), authority_resolver=AuthorityPolicyResolver())
-    standalone(AsyncMemoryCache(), authority_resolver=rules)
+        publisher_to(SingleKeyCache(), authority_resolver=rules)
+    publisher_to(SingleKeyCache(), authority_resolver=AuthorityPolicyResolver())
+    publisher_to(AsyncMemoryCache(), authority_resolver=rules)
 
 
 def numbered(count: int, value: Callable[[int], Any]) -> list[ResourceUpdate[Any]]:
@@ -333,7 +315,9 @@ async def test_publishing_many_events_gives_the_loop_turns(monkeypatch: pytest.M
     """With slices of no length: as many trifles as weigh a portion, or one event that does."""
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     for updates in (numbered(10 * PORTION, lambda n: n), numbered(10, lambda n: (n, [[n]]))):
-        publisher = standalone(AsyncMemoryCache(), max_copy_concurrency=1)  # more would share turns
+        publisher = publisher_to(
+            AsyncMemoryCache(), max_copy_concurrency=1
+        )  # more would share turns
         turns = await turns_for(publisher, updates)
         assert turns == (
             pytest.approx(25, abs=3) if len(updates) == 10 else pytest.approx(12, abs=2)
@@ -342,7 +326,7 @@ async def test_publishing_many_events_gives_the_loop_turns(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("value", [1.5, {"price": "1"}, [[1], [2]]])
 def test_one_event_that_is_brief_to_copy_is_published_without_a_turn_of_others(value: Any) -> None:
-    publisher = standalone(AsyncMemoryCache())
+    publisher = publisher_to(AsyncMemoryCache())
     for _ in range(2):
         with pytest.raises(StopIteration) as ended:
             publisher.publish(A, value, source="s").send(None)
@@ -356,7 +340,7 @@ async def test_results_tell_of_what_was_published_whenever_they_are_read(
     value: Any, many: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coalestra.cache.publisher._MANY", many)
-    publisher = standalone(AsyncMemoryCache())
+    publisher = publisher_to(AsyncMemoryCache())
     first = await publisher.publish_many([ResourceUpdate(A, value, "s", NOW - 2, {"a": 1})])
     again = await publisher.publish_many([ResourceUpdate(A, "new", "s", NOW - 1)])
     await publisher.publish(A, "newest", source="s", observed_at=NOW)
@@ -376,7 +360,7 @@ async def test_results_tell_of_what_was_published_whenever_they_are_read(
 
 @pytest.mark.parametrize("value", [1.5, {"price": "1"}, [[1], [2]]])
 async def test_a_result_tells_of_what_was_published_whenever_it_is_looked_at(value: Any) -> None:
-    publisher = standalone(AsyncMemoryCache())
+    publisher = publisher_to(AsyncMemoryCache())
     first = await publisher.publish(A, value, source="s", observed_at=NOW - 2, metadata={"a": 1})
     twins = copy.copy(first), pickle.loads(pickle.dumps(first))
     again = await publisher.publish(A, "new", source="s", observed_at=NOW - 1)
@@ -403,7 +387,7 @@ async def test_a_result_tells_of_what_was_published_whenever_it_is_looked_at(val
 
 
 async def test_two_threads_may_look_at_a_result_at_once() -> None:
-    known = await standalone(AsyncMemoryCache()).publish(A, [1], source="s")
+    known = await publisher_to(AsyncMemoryCache()).publish(A, [1], source="s")
     both = threading.Barrier(2)
 
     def look() -> Any:
@@ -419,8 +403,8 @@ async def test_two_threads_may_look_at_a_result_at_once() -> None:
 async def test_results_keep_no_cache_alive() -> None:
     cache = AsyncMemoryCache()
     store = weakref.ref(cache.store.listeners)
-    result = await standalone(cache).publish(A, {"a": 0}, source="s", observed_at=NOW - 1)
-    results = await standalone(cache).publish_many([ResourceUpdate(A, {"a": 1}, "s", NOW)])
+    result = await publisher_to(cache).publish(A, {"a": 0}, source="s", observed_at=NOW - 1)
+    results = await publisher_to(cache).publish_many([ResourceUpdate(A, {"a": 1}, "s", NOW)])
     del cache
     gc.collect()
     assert store() is None
@@ -429,7 +413,7 @@ async def test_results_keep_no_cache_alive() -> None:
 
 async def test_copying_out_for_long_gives_the_loop_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
-    publisher = standalone(AsyncMemoryCache(), max_copy_concurrency=1)  # more would share turns
+    publisher = publisher_to(AsyncMemoryCache(), max_copy_concurrency=1)  # more share turns
     assert await turns_for(publisher, numbered(10, lambda n: [[n]])) == pytest.approx(25, abs=3)
     turns = await turns_for(publisher, numbered(10, lambda n: n))
     assert turns == pytest.approx(15, abs=3), "previous ones count"
@@ -438,7 +422,7 @@ async def test_copying_out_for_long_gives_the_loop_turns(monkeypatch: pytest.Mon
 async def test_what_was_replaced_is_let_go_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache()
-    publisher = standalone(cache, payload_copier=set.copy)
+    publisher = publisher_to(cache, payload_copier=set.copy)
     updates = numbered(PORTION, lambda n: {n})
     await publisher.publish_many(updates)
     sealed = [cache.store.peek(update.key) for update in updates]
@@ -486,7 +470,7 @@ async def test_over_a_foreign_cache_others_may_have_a_turn_after_each_event_in_e
         offered.append(self)
         return await keep(self)
 
-    publisher, updates = standalone(kind()), numbered(100, lambda n: n)
+    publisher, updates = publisher_to(kind()), numbered(100, lambda n: n)
     await publisher.publish_many(updates)
     monkeypatch.setattr(Pace, "keep", kept)
     await publisher.publish_many(updates, force=True)
@@ -495,9 +479,7 @@ async def test_over_a_foreign_cache_others_may_have_a_turn_after_each_event_in_e
 
 async def test_events_are_announced_before_any_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
-    access, publisher = shared(SingleKeyCache())
-    witness = Witness()
-    access.subscribers.subscribe(witness)
+    witness, publisher = watched(SingleKeyCache())
     updates = numbered(2 * PORTION + 1, lambda n: n)
     keys = tuple(update.key for update in updates)
     await publisher.publish_many(updates)
@@ -511,9 +493,7 @@ async def test_events_are_announced_before_any_is_written(monkeypatch: pytest.Mo
 async def test_what_precedes_an_unfit_event_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.concurrency.pace.SLICE_SECONDS", 0.0)
     cache = AsyncMemoryCache()
-    access, publisher = shared(cache)
-    witness = Witness()
-    access.subscribers.subscribe(witness)
+    witness, publisher = watched(cache)
     updates = numbered(PORTION, lambda n: n)
     updates += [ResourceUpdate(B, 1, "s"), ResourceUpdate(A, 1, "s", NOW + 60)]
     with pytest.raises(SourceProtocolError):
@@ -532,9 +512,9 @@ class Ranks(AuthorityPolicyResolver):
 async def test_ranks_are_asked_of_resolvers_that_know_any(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked = AuthorityPolicyResolver(SourceAuthorityPolicy(default_rank=2))
     for resolver, rank in ((ranked, 2), (Ranks(), 7)):
-        publisher = standalone(AsyncMemoryCache(), authority_resolver=resolver)
+        publisher = publisher_to(AsyncMemoryCache(), authority_resolver=resolver)
         assert (await publisher.publish(A, 1, source="s")).value.authority_rank == rank
-    publisher = standalone(AsyncMemoryCache(), authority_resolver=AuthorityPolicyResolver())
+    publisher = publisher_to(AsyncMemoryCache(), authority_resolver=AuthorityPolicyResolver())
     monkeypatch.setattr("coalestra.cache.publisher.rank_of", pytest.fail)
     assert (await publisher.publish(A, 1, source="s")).value.authority_rank == 0
 
@@ -543,7 +523,7 @@ async def test_an_update_of_a_class_of_ones_own_is_published_like_any_other() ->
     class Tick(ResourceUpdate[int]):
         pass
 
-    results = await standalone(AsyncMemoryCache()).publish_many([Tick(A, 1, "s", NOW)])
+    results = await publisher_to(AsyncMemoryCache()).publish_many([Tick(A, 1, "s", NOW)])
     assert results[A].value.value == 1
 
 
@@ -560,7 +540,7 @@ class Policies:
 @pytest.mark.parametrize("answer", [None, 5, {"ttl_seconds": 5}])
 async def test_an_event_for_a_key_without_a_policy_is_refused_unwritten(answer: Any) -> None:
     cache = AsyncMemoryCache()
-    publisher = standalone(cache, policy_resolver=Policies(answer))
+    publisher = publisher_to(cache, policy_resolver=Policies(answer))
     for publishing in (
         publisher.publish(A, 1, source="s"),
         publisher.publish_many([ResourceUpdate(A, 1, "s"), ResourceUpdate(B, 1, "s")]),
@@ -578,7 +558,7 @@ class Uncopyable:
 
 
 async def test_an_event_that_cannot_be_copied_is_gone_with_its_error() -> None:
-    publisher = standalone(AsyncMemoryCache())
+    publisher = publisher_to(AsyncMemoryCache())
     with without_collector():
         payload = Uncopyable()
         alive = weakref.ref(payload)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Hashable, Iterable
 from itertools import pairwise
 from typing import TypeVar
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from coalestra.concurrency import waits_for
 from coalestra.concurrency.waits_for import WaitsFor
 from tests.support.examples import times
+from tests.support.running import profiled
 
 N = TypeVar("N", bound=Hashable)
 
@@ -111,18 +111,7 @@ def test_nodes_without_edges_are_forgotten() -> None:
 
 def calls_in(work: Callable[[], object]) -> int:
     """Count the Python functions that are entered while `work` runs."""
-    calls = 0
-
-    def count(_frame: object, event: str, _argument: object) -> None:
-        nonlocal calls
-        calls += event == "call"
-
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return calls
+    return profiled(work)["call"]
 
 
 def add_all(graph: WaitsFor[Hashable], edges: Iterable[tuple[Hashable, Hashable]]) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from coalestra.cache.publisher import ResourcePublisher
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.core.frozen import FrozenDict
 from coalestra.core.keys import ResourceKey
-from coalestra.core.policies import FreshnessPolicy
+from coalestra.core.policies import FreshnessPolicy, PolicyResolver
+from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import Revision, SnapshotValue, next_version
+from coalestra.observability import NullEventSink, NullMetrics
+from tests.support import ManualClock
 
 NOW = 1_700_000_000.0
 POLICY = FreshnessPolicy(5.0, 30.0)
@@ -55,6 +60,25 @@ def revision_of(
         dependency_versions=FrozenDict({each.key: each.version for each in rests_on}),
         dependencies=tuple(rests_on), **fields,
     )  # fmt: skip
+
+
+def publisher_to(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
+    """A publisher on its own, whose clock stands at `NOW`."""
+    defaults: dict[str, Any] = {
+        "clock": ManualClock(NOW), "policy_resolver": PolicyResolver(POLICY),
+        "metrics": NullMetrics(), "events": NullEventSink(),
+    }  # fmt: skip
+    return ResourcePublisher(cache=cache, **{**defaults, **settings})
+
+
+class Slow:
+    """Its copy takes as long as the test wants."""
+
+    release = threading.Event()
+
+    def __deepcopy__(self, memo: Any) -> Slow:
+        assert self.release.wait(10)
+        return self
 
 
 class Witness:

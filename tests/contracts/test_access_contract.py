@@ -16,17 +16,20 @@ from coalestra.core.errors import CacheUnavailableError
 from coalestra.core.policies import ObservationPolicy
 from coalestra.core.protocols import AsyncCache, Lease
 from coalestra.core.values import CacheWriteResult, CacheWriteStatus, Revision, SnapshotValue
-from tests.contracts.caches import (
-    AtomicCache,
-    LeasingCache,
-    SingleKeyCache,
-)
+from tests.contracts.caches import AtomicCache, LeasingCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, Witness, revision_of, value_of
 from tests.support import Gate, Panic, run_virtual
 
 
 def access_over(cache: AsyncCache) -> CacheAccess:
     return CacheAccess(cache, PayloadCopies("test"), 4, ObservationPolicy(), None)
+
+
+def leased_out() -> tuple[LeasingCache, CacheAccess, list[Lease]]:
+    """A cache that has given two leases, of A and B, and how they are given back to it."""
+    cache, leases = LeasingCache(), [Lease(A, "one"), Lease(B, "two")]
+    cache.leased = {each.key: each for each in leases}
+    return cache, access_over(cache), leases
 
 
 async def write(access: CacheAccess, revision: Revision) -> Outcome:
@@ -117,10 +120,7 @@ def test_each_event_loop_has_a_channel_of_its_own_and_only_the_last_one_is_liste
 
 
 def test_leases_left_on_a_loop_that_has_ended_keep_no_later_ones_from_being_given_back() -> None:
-    cache = LeasingCache()
-    access = access_over(cache)
-    leases = [Lease(A, "one"), Lease(B, "two")]
-    cache.leased = {each.key: each for each in leases}
+    cache, access, leases = leased_out()
 
     def leave() -> None:
         access.give_back(leases[0], failed=False)
@@ -145,11 +145,8 @@ def test_leases_left_on_a_loop_that_has_ended_keep_no_later_ones_from_being_give
 
 
 async def test_leases_that_a_write_gives_back_as_the_last_one_are_waited_for_at_the_end() -> None:
-    cache = LeasingCache()
-    access = access_over(cache)
+    cache, access, leases = leased_out()
     access.attach()
-    leases = [Lease(A, "one"), Lease(B, "two")]
-    cache.leased = {each.key: each for each in leases}
     terms = Terms({A: POLICY}, NOW, leases={A: leases[0]})
     access.write_behind((revision_of(),), terms, wanted=lambda _: False)
     access.give_back(leases[1], failed=False)
@@ -159,11 +156,8 @@ async def test_leases_that_a_write_gives_back_as_the_last_one_are_waited_for_at_
 
 
 async def test_a_giving_back_that_is_cancelled_keeps_no_later_lease_from_being_given_back() -> None:
-    cache = LeasingCache()
-    access = access_over(cache)
+    cache, access, leases = leased_out()
     access.attach()
-    leases = [Lease(A, "one"), Lease(B, "two")]
-    cache.leased = {each.key: each for each in leases}
     access.give_back(leases[0], failed=False)
     await asyncio.sleep(0)
     for task in asyncio.all_tasks() - {asyncio.current_task()}:

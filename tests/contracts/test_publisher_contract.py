@@ -6,20 +6,18 @@ from typing import Any
 
 import pytest
 
-from coalestra.cache.publisher import ResourcePublisher
 from coalestra.core.errors import SourceProtocolError
 from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import (
     AuthorityPolicyResolver,
     ObservationPolicy,
-    PolicyResolver,
     SourceAuthorityPolicy,
 )
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import PublishStatus, ResourceUpdate, SnapshotValue
 from coalestra.observability import InMemoryMetrics
 from tests.contracts.caches import ALL, BatchAtomicCache, SingleKeyCache
-from tests.contracts.samples import NOW, POLICY, A, B, C, value_of
+from tests.contracts.samples import NOW, POLICY, A, B, C, publisher_to, value_of
 from tests.support import ManualClock, ThreadGate, begun
 
 
@@ -38,16 +36,6 @@ class Events:
 @pytest.fixture(params=ALL, ids=lambda make: make.__name__)
 def cache(request: pytest.FixtureRequest) -> Any:
     return request.param()
-
-
-def publisher_to(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
-    defaults: dict[str, Any] = {
-        "clock": ManualClock(NOW),
-        "policy_resolver": PolicyResolver(POLICY),
-        "metrics": InMemoryMetrics(),
-        "events": Events(),
-    }
-    return ResourcePublisher(cache=cache, **{**defaults, **settings})
 
 
 async def payload_in(cache: AsyncCache, key: Any = A) -> Any:

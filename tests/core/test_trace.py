@@ -6,9 +6,7 @@ import copy
 import json
 import pickle
 import re
-import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from dataclasses import fields, replace
 from html.parser import HTMLParser
 from typing import Any
@@ -30,6 +28,7 @@ from coalestra.core.trace import (
     duration,
 )
 from tests.support.clocks import EPOCH
+from tests.support.running import profiled
 from tests.support.traces import EVERYTHING, RISK, attempt, call, of_many, price, rate, traced
 
 A = price("A")
@@ -578,13 +577,8 @@ def test_a_page_costs_in_proportion_to_what_keys_rest_on() -> None:
             KeyTrace(desk, Obtained.DERIVED, 0.0, 2.0, rests_on=rests_on[at : at + 3])
             for at, desk in enumerate(desks)
         ]
-        trace, steps = traced(*below, *above), Counter[str]()
-        sys.setprofile(lambda frame, event, argument: steps.update([event]))
-        try:
-            trace.to_html(limit=9_999)
-        finally:
-            sys.setprofile(None)
-        return steps.total()
+        trace = traced(*below, *above)
+        return profiled(lambda: trace.to_html(limit=9_999)).total()
 
     assert cost(200) < 5 * cost(50)
 

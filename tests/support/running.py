@@ -9,6 +9,7 @@ import gc
 import inspect
 import sys
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType, ModuleType
 from typing import Any, TypeVar
@@ -99,6 +100,17 @@ def run_real(coroutine: Coroutine[Any, Any, T]) -> T:
     if left:
         raise Leak("left behind at the end:" + "".join(f"\n  {line}" for line in left))
     return result
+
+
+def profiled(work: Callable[[], object]) -> Counter[str]:
+    """Do the work, and count what the interpreter tells of it: calls and returns, by their kind."""
+    events: Counter[str] = Counter()
+    sys.setprofile(lambda _frame, event, _argument: events.update([event]))
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return events
 
 
 async def lines_run(module: ModuleType, work: Awaitable[object]) -> int:
