@@ -39,8 +39,11 @@ def wrong(): return 7
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with that program, in which everything runs."""
     (tmp_path / "farm_of_the_test.py").write_text(PROGRAM, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     return tmp_path
 
 
@@ -49,13 +52,9 @@ def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
     command = [sys.executable, "-W", "error", "-m", "coalestra.inspect", *arguments, "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
     with subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         encoding="utf-8",
-    ) as process:
+    ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -112,25 +111,19 @@ def test_ctrl_c_ends_it_also_while_somebody_watches(folder: Path) -> None:
     ("farm_of_the_test:wrong", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
     ("farm_of_the_test:source", "must be a SnapshotBuilder or SyncSnapshotBuilder"),
 ])  # fmt: skip
-def test_what_cannot_be_served_is_told_in_one_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
-) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+@pytest.mark.usefixtures("folder")
+def test_what_cannot_be_served_is_told_in_one_line(path: str, words: str) -> None:
     with pytest.raises(SystemExit, match=words):
         main([path, "--port", "0"])
 
 
-def test_a_module_says_which_one_it_misses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_says_which_one_it_misses(folder: Path) -> None:
     (folder / "needy_of_the_test.py").write_text("import no_such_driver", encoding="utf-8")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(ModuleNotFoundError, match="no_such_driver"):
         main(["needy_of_the_test:builder"])
 
 
-def test_an_address_not_to_be_had_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+@pytest.mark.usefixtures("folder")
+def test_an_address_not_to_be_had_is_told() -> None:
     with pytest.raises(SystemExit, match=r"cannot serve at 127\.0\.0\.1, port 70000"):
         main(["farm_of_the_test:made.plain", "--port", "70000"])

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from coalestra import (
-    CircuitBreakerPolicy,
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
@@ -18,14 +17,22 @@ from coalestra import (
     RefreshMode,
     ResourceAbsent,
     ResourceKey,
-    RetryPolicy,
-    SourceResiliencePolicy,
 )
 from coalestra.core.trace import KeyTrace, Obtained, Trace
 from coalestra.inspect.looks import Names, Story, Traces, kind_name, look_at, told_values, trace_id
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import Batch, Derived, Single, builder, held_at, key, latency
+from tests.orchestration.scripted import (
+    Batch,
+    Derived,
+    Single,
+    breaking,
+    builder,
+    held_at,
+    key,
+    latency,
+    tuned,
+)
 from tests.support import Gate, begun, settle
 
 
@@ -38,6 +45,13 @@ async def told(story: Story, made: Any, *, late: float = 0.0) -> dict[str, Any]:
 
 def story_of(made: Any, *, show: bool = False) -> Story:
     return Story(made, Names(show=show))
+
+
+async def watched(made: Any) -> Story:
+    """What the page has seen, after one look."""
+    story = story_of(made)
+    await told(story, made)
+    return story
 
 
 async def failing(key: ResourceKey, context: FetchContext) -> Any:
@@ -79,8 +93,7 @@ async def test_rates_are_told_for_the_time_between_two_looks() -> None:
 
 async def test_rates_forget_what_is_more_than_some_seconds_ago() -> None:
     made = builder(Single("k"))
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     await made.build([key("k")])
     for _ in range(20):
         await asyncio.sleep(1)
@@ -91,8 +104,7 @@ async def test_rates_forget_what_is_more_than_some_seconds_ago() -> None:
 
 async def test_a_rate_after_a_long_absence_is_not_made_up() -> None:
     made = builder(Single("k"))
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     await made.build([key("k")])
     await asyncio.sleep(3_600)
     state = await told(story, made)
@@ -102,8 +114,7 @@ async def test_a_rate_after_a_long_absence_is_not_made_up() -> None:
 
 async def test_failures_are_told_as_a_rate_and_by_the_type_of_the_last() -> None:
     made = builder(Single("k", fetch=failing))
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     await made.build([key("k")], strict=False)
     await asyncio.sleep(4)
     (source,) = (await told(story, made))["sources"]
@@ -114,12 +125,7 @@ async def test_failures_are_told_as_a_rate_and_by_the_type_of_the_last() -> None
 
 
 async def test_an_open_circuit_says_for_how_long_and_when_it_is_tried() -> None:
-    source = Single("k", fetch=failing)
-    source.resilience_policy = SourceResiliencePolicy(
-        retry=RetryPolicy(max_attempts=1),
-        circuit=CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=30.0),
-    )
-    made = builder(source)
+    made = builder(tuned(Single("k", fetch=failing), resilience_policy=breaking()))
     await made.build([key("k")], strict=False)
     await asyncio.sleep(12)
     state = await told(story_of(made), made)
@@ -131,12 +137,8 @@ async def test_an_open_circuit_says_for_how_long_and_when_it_is_tried() -> None:
 
 
 async def test_circuits_of_parts_of_a_source_are_counted_and_name_no_part() -> None:
-    source = Single("k", fetch=failing)
-    source.resilience_policy = SourceResiliencePolicy(
-        retry=RetryPolicy(max_attempts=1),
-        circuit=CircuitBreakerPolicy(scope=CircuitScope.SUBJECT, failure_threshold=1),
-    )
-    made = builder(source)
+    by_subject = breaking(scope=CircuitScope.SUBJECT)
+    made = builder(tuned(Single("k", fetch=failing), resilience_policy=by_subject))
     await made.build([key("k", "secret-1"), key("k", "secret-2")], strict=False)
     state = await told(story_of(made), made)
     (circuit,) = state["sources"][0]["circuits"]
@@ -146,8 +148,7 @@ async def test_circuits_of_parts_of_a_source_are_counted_and_name_no_part() -> N
 
 async def test_a_failure_of_the_last_minute_is_a_finding_and_one_before_it_is_not() -> None:
     made = builder(Single("k", fetch=latency(5.0), timeout=1.0))
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     await made.build([key("k")], strict=False)
     reasons = []
     for _ in range(8):
@@ -163,14 +164,8 @@ async def test_a_failure_of_the_last_minute_is_a_finding_and_one_before_it_is_no
 
 async def test_capacity_says_who_holds_the_slots_and_who_waits() -> None:
     gate = Gate()
-
-    async def fetch(key: ResourceKey, context: FetchContext) -> int:
-        await gate.pass_()
-        return 1
-
-    limited = Single("k", fetch=fetch)
-    limited.max_concurrency = 1
-    made = builder(limited, Single("o", fetch=fetch), max_concurrency=2)
+    limited = tuned(Single("k", fetch=held_at(gate)), max_concurrency=1)
+    made = builder(limited, Single("o", fetch=held_at(gate)), max_concurrency=2)
     keys = [key("k", "1"), key("k", "2"), key("o")]
     build = await begun(made.build(keys), gate, 2)
     await settle()
@@ -188,8 +183,7 @@ async def test_capacity_says_who_holds_the_slots_and_who_waits() -> None:
 async def test_what_the_cache_gave_is_told_since_the_last_looks_and_in_all() -> None:
     made = builder(Single("k"))
     await made.build([key("k")])
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     for _ in range(3):
         await made.build([key("k")])
     await made.build([key("k", "new")])
@@ -202,8 +196,7 @@ async def test_what_the_cache_gave_is_told_since_the_last_looks_and_in_all() -> 
 async def test_what_was_found_stale_is_not_told_as_fresh() -> None:
     made = builder(Single("k"), default_policy=FreshnessPolicy(1.0, 100.0))
     await made.build([key("k")])
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     await asyncio.sleep(5)
     await made.build([key("k")])
     cache = (await told(story, made))["cache"]
@@ -229,8 +222,7 @@ async def test_a_cache_that_tells_nothing_holds_up_no_look(kind: type[SingleKeyC
     made = builder(Single("k"), cache=kind())
     await made.build([key("k")])
     await settle()
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     began = asyncio.get_running_loop().time()
     state = await told(story, made)
     assert asyncio.get_running_loop().time() - began < 5
@@ -343,8 +335,7 @@ async def test_the_graph_is_learnt_from_traces_where_the_cache_is_elsewhere() ->
 async def test_what_was_learnt_is_kept_while_the_page_lives() -> None:
     made = layered()
     await made.build([key("t")])
-    story = story_of(made)
-    await told(story, made)
+    story = await watched(made)
     await made.cache.clear()
     assert (await told(story, made))["graph"]["edges"] == EDGES
 

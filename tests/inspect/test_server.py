@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from coalestra.inspect import app, serve
 from coalestra.inspect.asgi import from_this_machine
 from tests.inspect.client import scope_of
 from tests.orchestration.scripted import Single, builder
+from tests.support.elsewhere import in_thread, outcome
 
 pytestmark = pytest.mark.real_loop
 
@@ -52,6 +52,13 @@ async def opened(
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+def reports() -> list[Any]:
+    """What is reported to the event loop from now on."""
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    return reported
 
 
 def status(answer: bytes) -> int:
@@ -151,30 +158,20 @@ async def test_too_many_connections_are_refused(monkeypatch: pytest.MonkeyPatch)
             assert status(await spoken(server.port, LINE + b"\r\n")) == 503
 
 
-async def test_an_application_that_fails_answers_500_and_is_reported() -> None:
-    async def fails(scope: Any, receive: Any, send: Any) -> None:
-        raise LookupError("oops")
+@pytest.mark.parametrize("error", [
+    LookupError("oops"), ConnectionRefusedError("oops"), asyncio.TimeoutError("oops"),
+], ids=repr)  # fmt: skip
+async def test_an_application_that_fails_answers_500_and_is_reported(error: Exception) -> None:
+    """Also if its error is that of a connection of its own: no client has left."""
 
-    reported: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    reported = reports()
     async with serve(fails, port=0) as server:
         answer = await spoken(server.port, LINE + b"\r\n")
     assert (status(answer), b"oops" in answer) == (500, False)
-    assert isinstance(reported[0]["exception"], LookupError)
-
-
-async def test_an_error_of_a_connection_of_the_applications_own_is_no_client_that_left() -> None:
-    errors = [ConnectionRefusedError("no database"), asyncio.TimeoutError("nor an answer")]
-    reported: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
-    for error in errors:
-
-        async def fails(scope: Any, receive: Any, send: Any, error: Exception = error) -> None:
-            raise error
-
-        async with serve(fails, port=0) as server:
-            assert status(await spoken(server.port, LINE + b"\r\n")) == 500
-    assert [context["exception"] for context in reported] == errors
+    assert [context["exception"] for context in reported] == [error]
 
 
 async def test_a_connection_that_closing_finds_unbegun_is_closed_too() -> None:
@@ -247,8 +244,7 @@ async def test_closing_ends_also_what_takes_nothing(monkeypatch: pytest.MonkeyPa
 async def test_who_takes_nothing_of_an_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coalestra.inspect.server._TAKING_SECONDS", 0.05)
     monkeypatch.setattr("coalestra.inspect.server._MOMENT_SECONDS", 0.02)
-    reported: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    reported = reports()
     ended = asyncio.Event()
 
     async def tells_all(scope: Any, receive: Any, send: Any) -> None:
@@ -323,13 +319,8 @@ async def test_an_address_of_version_six_is_written_with_brackets() -> None:
 
 
 def test_it_serves_from_the_loop_of_any_thread() -> None:
-    done: list[bytes] = []
-
-    async def work() -> None:
+    async def work() -> bytes:
         async with serve(hello, port=0) as server:
-            done.append(await spoken(server.port, LINE + b"\r\n"))
+            return await spoken(server.port, LINE + b"\r\n")
 
-    thread = threading.Thread(target=lambda: asyncio.run(work()))
-    thread.start()
-    thread.join(10)
-    assert status(done[0]) == 200
+    assert status(outcome(in_thread(lambda: asyncio.run(work())))) == 200

@@ -17,22 +17,15 @@ from opentelemetry.metrics import Meter, NoOpMeterProvider
 from opentelemetry.sdk.metrics import ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, InMemoryMetricReader
 
-from coalestra import (
-    BuilderHealth,
-    CircuitBreakerPolicy,
-    FetchContext,
-    ResourceKey,
-    RetryPolicy,
-    SourceResiliencePolicy,
-    SyncSnapshotBuilder,
-)
+from coalestra import BuilderHealth, FetchContext, ResourceKey, SyncSnapshotBuilder
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
 from coalestra.opentelemetry import OpenTelemetryMetrics
 from tests.architecture.source_tree import PACKAGE
 from tests.docs.pages import ROOT
 from tests.opentelemetry.memory import Meters, attributes
-from tests.orchestration.scripted import Batch, Single, builder, held_at, key
+from tests.orchestration.scripted import Batch, Single, breaking, builder, held_at, key, tuned
 from tests.support import Gate, LoopClock, settle
+from tests.support.elsewhere import in_thread, outcome
 from tests.support.leaks import look_after_none
 from tests.support.running import until_logged
 
@@ -248,9 +241,7 @@ async def test_levels_are_read_in_the_readers_thread_while_the_loop_is_held(mete
         def reads() -> None:
             read.update((name, meters.values(f"coalestra.{name}")) for name in names)
 
-        reader = threading.Thread(target=reads)
-        reader.start()
-        reader.join()
+        outcome(in_thread(reads))
         gate.open()
         await asyncio.gather(*builds)
         entries = meters.values("coalestra.cache.entries")
@@ -288,12 +279,8 @@ async def test_an_open_circuit_shows_with_its_source_and_in_the_severity(meters:
     async def fails(key: ResourceKey, context: FetchContext) -> int:
         raise ConnectionError(key.subject)
 
-    source, clock = Single("rates", fetch=fails), LoopClock()
-    source.resilience_policy = SourceResiliencePolicy(
-        retry=RetryPolicy(max_attempts=1),
-        circuit=CircuitBreakerPolicy(failure_threshold=1, recovery_timeout_seconds=30.0),
-    )
-    async with builder(source, Single("sound"), metrics=sink, clock=clock) as used:
+    source = tuned(Single("rates", fetch=fails), resilience_policy=breaking())
+    async with builder(source, Single("sound"), metrics=sink) as used:
         sink.watch(used)
         severities = [meters.values("coalestra.builder.severity")]
         await used.build([key("rates"), key("sound")], strict=False)

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from coalestra import (
+    CircuitBreakerPolicy,
+    CircuitScope,
     FetchContext,
     FreshnessPolicy,
     ResourceKey,
@@ -20,6 +22,13 @@ from tests.support.leaks import look_after
 
 LASTING = FreshnessPolicy(1_000.0, 2_000.0)
 ONCE = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=1))
+
+
+def breaking(
+    threshold: int = 1, recovery: float = 30.0, scope: CircuitScope = CircuitScope.SOURCE
+) -> SourceResiliencePolicy:
+    """One attempt for each call, and a circuit that opens after so many failures."""
+    return SourceResiliencePolicy(ONCE.retry, CircuitBreakerPolicy(scope, threshold, recovery))
 
 
 def key(name: str, subject: str = "") -> ResourceKey:

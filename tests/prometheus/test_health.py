@@ -15,20 +15,18 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
 from coalestra import (
-    CircuitBreakerPolicy,
     CircuitScope,
     FreshnessPolicy,
     RefreshMode,
     ResourceKey,
     SnapshotBuilder,
-    SourceResiliencePolicy,
     SyncSnapshotBuilder,
 )
 from coalestra._lockfree import LONGEST_WAIT_SECONDS
 from coalestra._telemetry import FACTS
 from coalestra.prometheus import HealthCollector, _HealthCopies
 from tests.docs.pages import ROOT
-from tests.orchestration.scripted import ONCE, Batch, Single, builder, held_at, key
+from tests.orchestration.scripted import Batch, Single, breaking, builder, held_at, key
 from tests.prometheus.scrape import figure, metrics, series
 from tests.support import Gate, ThreadGate, settle
 from tests.support.leaks import look_after_none
@@ -40,15 +38,6 @@ NAMES = "coalestra_builder_up"
 
 async def down(k: ResourceKey, context: Any) -> Any:
     raise ConnectionError("down")
-
-
-def breaking(scope: CircuitScope = CircuitScope.SOURCE) -> SourceResiliencePolicy:
-    return SourceResiliencePolicy(
-        retry=ONCE.retry,
-        circuit=CircuitBreakerPolicy(
-            failure_threshold=2, recovery_timeout_seconds=30.0, scope=scope
-        ),
-    )
 
 
 async def test_work_under_way_is_seen_while_it_lasts(registry: CollectorRegistry) -> None:
@@ -107,7 +96,7 @@ async def test_keys_that_cannot_be_refreshed_are_counted(registry: CollectorRegi
 
 async def test_a_circuit_is_a_number_with_its_failures_counted(registry: CollectorRegistry) -> None:
     source = Single("x", fetch=down)
-    source.resilience_policy = breaking()
+    source.resilience_policy = breaking(2)
     building = builder(source, Single("calm"))
     HealthCollector({"shop": building}, registry=registry)
 
@@ -148,7 +137,7 @@ async def test_answers_too_late_for_their_readers_are_counted(registry: Collecto
 
 async def test_of_many_circuits_the_open_ones_are_counted(registry: CollectorRegistry) -> None:
     source = Single("x", fetch=down)
-    source.resilience_policy = breaking(CircuitScope.RESOURCE)
+    source.resilience_policy = breaking(2, scope=CircuitScope.RESOURCE)
     building = builder(source)
     HealthCollector({"shop": building}, registry=registry)
     keys = [key("x", f"SECRET{number}") for number in range(3)]
