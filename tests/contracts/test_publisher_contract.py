@@ -293,14 +293,19 @@ async def test_what_was_outdated_is_nobodys_previous_value(cache: AsyncCache) ->
     assert before.value == 4
 
 
-async def test_what_was_current_until_its_base_was_published_along_is_the_previous_value() -> None:
-    """Over a cache of one's own, which tells of both what was there in the same step."""
-    cache, base = BatchAtomicCache(), value_of(A, 1, observed_at=NOW - 1)
-    for value in (base, value_of(B, 2, observed_at=NOW - 1, rests_on=[base])):
+@pytest.mark.parametrize("order", [(A, B), (B, A)])
+async def test_what_rests_on_something_published_along_was_there_before_and_keeps_nothing_out(
+    cache: AsyncCache, order: tuple[ResourceKey, ...]
+) -> None:
+    """They are one publication, in whatever order its updates are given."""
+    base = value_of(A, 1, observed_at=NOW - 1)
+    for value in (base, value_of(B, 2, observed_at=NOW - 1, rank=1, rests_on=[base])):
         await cache.set(value)
-    updates = [ResourceUpdate(key, 3, "s") for key in (A, B)]
-    results = await publisher_to(cache).publish_many(updates)
-    assert [(results[key].previous or results[key].value).value for key in (A, B)] == [1, 2]
+    results = await publisher_to(cache).publish_many([ResourceUpdate(k, 3, "s") for k in order])
+    told = {
+        key: (each.status, each.previous and each.previous.value) for key, each in results.items()
+    }
+    assert told == {A: (PublishStatus.PUBLISHED, 1), B: (PublishStatus.PUBLISHED, 2)}
 
 
 async def test_what_was_stored_by_a_call_with_a_senseless_answer_is_published() -> None:
