@@ -108,30 +108,22 @@ class TestRules:
         good = value(A, observed_at=NOW - 5.0, authority_rank=3)
         assert found(SnapshotAcceptancePolicy(rule), good) == []
 
-    def test_a_stale_value_is_reported_with_its_age(self) -> None:
-        violation = only(
-            SnapshotAcceptancePolicy(FRESH), value(A, stale=True, observed_at=NOW - 2.0)
-        )
-        assert violation == SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.STALE, (A,),
-            "n:a must be fresh, got a stale value observed 2 s ago", key=A, current_age_seconds=2.0,
-            stale=True,
-        )  # fmt: skip
-
-    def test_an_old_value_is_reported_with_both_ages(self) -> None:
-        violation = only(SnapshotAcceptancePolicy(YOUNG), old(A))
-        assert violation == SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.TOO_OLD, (A,), "n:a must be at most 5 s old, got 9 s", key=A,
-            current_age_seconds=9.0, max_age_seconds=5.0,
-        )  # fmt: skip
-
-    def test_a_low_rank_is_reported_with_both_ranks(self) -> None:
-        violation = only(SnapshotAcceptancePolicy(RANKED), value(A, authority_rank=2))
-        assert violation == SnapshotAcceptanceViolation(
-            SnapshotAcceptanceReason.INSUFFICIENT_AUTHORITY, (A,),
-            "n:a must have an authority rank of at least 3, got 2 from source rest", key=A,
-            authority_rank=2, minimum_authority_rank=3,
-        )  # fmt: skip
+    @pytest.mark.parametrize("rule, broken_by, reason, message, facts", [
+        (FRESH, value(A, stale=True, observed_at=NOW - 2.0), "stale",
+            "n:a must be fresh, got a stale value observed 2 s ago",
+            {"current_age_seconds": 2.0, "stale": True}),
+        (YOUNG, old(A), "too_old", "n:a must be at most 5 s old, got 9 s",
+            {"current_age_seconds": 9.0, "max_age_seconds": 5.0}),
+        (RANKED, value(A, authority_rank=2), "insufficient_authority",
+            "n:a must have an authority rank of at least 3, got 2 from source rest",
+            {"authority_rank": 2, "minimum_authority_rank": 3}),
+    ])  # fmt: skip
+    def test_a_broken_rule_is_reported_with_what_was_asked_and_what_is(
+        self, rule: Any, broken_by: Any, reason: str, message: str, facts: dict[str, Any]
+    ) -> None:
+        violation = only(SnapshotAcceptancePolicy(rule), broken_by)
+        why = SnapshotAcceptanceReason(reason)
+        assert violation == SnapshotAcceptanceViolation(why, (A,), message, key=A, **facts)
 
     def test_a_value_may_break_several_rules_at_once(self) -> None:
         policy = SnapshotAcceptancePolicy(ResourceAcceptanceRule(5.0, False, 3))

@@ -36,18 +36,17 @@ keys = st.builds(
 )  # fmt: skip
 
 
-def test_the_default_normalizer_strips_and_keeps_the_case() -> None:
-    key = ResourceKey(" Market ", "\tPrice", " btc\n", {" Venue ": " X "})
-    assert (key.namespace, key.name, key.subject) == ("Market", "Price", "btc")
-    assert key.qualifiers == (("Venue", "X"),)
-    assert key.normalizer is PRESERVE_KEY_NORMALIZER
-
-
-def test_the_legacy_normalizer_lowers_names_and_raises_subjects() -> None:
-    key = ResourceKey.legacy(" Market ", "Price", " btc", {" Venue ": " Xy "})
-    assert (key.namespace, key.name, key.subject) == ("market", "price", "BTC")
-    assert key.qualifiers == (("venue", "Xy"),)
-    assert key.normalizer is LEGACY_KEY_NORMALIZER
+@pytest.mark.parametrize("make, parts, normalizer", [
+    (ResourceKey, ("Market", "Price", "btc", (("Venue", "Xy"),)), PRESERVE_KEY_NORMALIZER),
+    (ResourceKey.legacy, ("market", "price", "BTC", (("venue", "Xy"),)), LEGACY_KEY_NORMALIZER),
+])  # fmt: skip
+def test_keys_are_stripped_and_keep_their_case_or_have_that_of_before(
+    make: Callable[..., ResourceKey], parts: Any, normalizer: KeyNormalizer
+) -> None:
+    """A legacy key has lower-case names, and subjects in upper case."""
+    key = make(" Market ", "\tPrice", " btc\n", {" Venue ": " Xy "})
+    assert (key.namespace, key.name, key.subject, key.qualifiers) == parts
+    assert key.normalizer is normalizer
 
 
 def test_the_case_insensitive_normalizer_folds_all_five_parts() -> None:
@@ -242,10 +241,12 @@ tricky = st.text(alphabet="ab:?&=%+ \n\udcff", max_size=4)
 named = tricky.map(str.strip).filter(bool)
 
 
-@given(
-    st.builds(ResourceKey, named, named, tricky, st.dictionaries(named, tricky, max_size=2)),
-    st.builds(ResourceKey, named, named, tricky, st.dictionaries(named, tricky, max_size=2)),
+tricky_keys = st.builds(
+    ResourceKey, named, named, tricky, st.dictionaries(named, tricky, max_size=2)
 )
+
+
+@given(tricky_keys, tricky_keys)
 def test_the_canonical_text_is_one_keys_alone(one: ResourceKey, other: ResourceKey) -> None:
     assert (one.canonical == other.canonical) == (one == other)
 

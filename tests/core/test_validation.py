@@ -83,19 +83,15 @@ def test_what_obeys_passes(check: Callable[..., Any], value: Any, rule: dict[str
     assert check("limit", value, **rule) is value
 
 
-@pytest.mark.parametrize("check, value, rule", WRONG_TYPE)
-def test_another_type_is_a_type_error_that_names_the_parameter(
-    check: Callable[..., Any], value: Any, rule: dict[str, Any]
+@pytest.mark.parametrize("error, wrong", [
+    *((TypeError, each) for each in WRONG_TYPE), *((ValueError, each) for each in WRONG_VALUE),
+])  # fmt: skip
+def test_another_type_or_value_is_an_error_of_that_kind_that_names_the_parameter(
+    error: type[Exception], wrong: tuple[Callable[..., Any], Any, dict[str, Any]]
 ) -> None:
-    with pytest.raises(TypeError, match=r"^limit must be .*, got .* of type"):
-        check("limit", value, **rule)
-
-
-@pytest.mark.parametrize("check, value, rule", WRONG_VALUE)
-def test_another_value_is_a_value_error_that_names_the_parameter(
-    check: Callable[..., Any], value: Any, rule: dict[str, Any]
-) -> None:
-    with pytest.raises(ValueError, match=r"^limit must be .*, got "):
+    check, value, rule = wrong
+    of_type = ".* of type" if error is TypeError else ""
+    with pytest.raises(error, match=rf"^limit must be .*, got {of_type}"):
         check("limit", value, **rule)
 
 
