@@ -191,9 +191,11 @@ class TestClosing:
         await settle()
 
 
-async def test_without_threads_copies_are_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_threads_copies_are_made_in_place(
+    monkeypatch: pytest.MonkeyPatch, threads: WorkerThreads
+) -> None:
     """As in a container at its limit of threads: late is better than not at all."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", threads=WorkerThreads())
+    gate, copies = ThreadGate(), PayloadCopies("builder", threads=threads)
     gate.open()
     no_more_threads(monkeypatch)
     payload, seal = await copies.seal(Held(gate), context="test")
@@ -205,14 +207,15 @@ async def test_without_threads_copies_are_made_in_place(monkeypatch: pytest.Monk
     assert copies.active == 0
 
 
-async def test_a_start_that_fails_leaves_no_slot_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_start_that_fails_leaves_no_slot_taken(
+    monkeypatch: pytest.MonkeyPatch, threads: WorkerThreads
+) -> None:
     """An interrupt may strike while a thread is being started."""
 
     def strike(_: threading.Thread) -> None:
         raise KeyboardInterrupt
 
-    gate, threads = ThreadGate(), WorkerThreads()
-    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1, threads=threads)
     gate.open()
     monkeypatch.setattr(threading.Thread, "start", strike)
     coroutine = copies.seal(Held(gate), context="test")
@@ -222,15 +225,13 @@ async def test_a_start_that_fails_leaves_no_slot_taken(monkeypatch: pytest.Monke
     monkeypatch.undo()
     await copies.seal(Held(gate), context="test")
     await settle()
-    threads.close()
 
 
 async def test_an_interrupt_as_a_copy_has_been_handed_over_gives_its_slot_back_once(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, threads: WorkerThreads
 ) -> None:
     """The thread goes on with it, and what comes of it finds the slot given back."""
-    gate, threads = ThreadGate(), WorkerThreads()
-    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1, threads=threads)
     begin = threads.start
 
     def strike(*arguments: Any, **named: Any) -> None:
@@ -246,7 +247,6 @@ async def test_an_interrupt_as_a_copy_has_been_handed_over_gives_its_slot_back_o
     await threads.run(int)
     await settle()
     assert copies.active == 0
-    threads.close()
 
 
 async def test_whoever_cancels_every_task_leaves_no_copy_active_for_ever() -> None:
@@ -268,10 +268,11 @@ async def test_whoever_cancels_every_task_leaves_no_copy_active_for_ever() -> No
     assert health.started_count == health.completed_count + health.failure_count
 
 
-def test_a_copy_whose_loop_was_closed_keeps_no_slot_from_the_next_one() -> None:
+def test_a_copy_whose_loop_was_closed_keeps_no_slot_from_the_next_one(
+    threads: WorkerThreads,
+) -> None:
     """Its thread ends some time, and tells of that who waits for the end upon another loop."""
-    gate, threads = ThreadGate(), WorkerThreads()
-    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1, threads=threads)
 
     async def begin() -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = start(copies, Held(gate))
@@ -299,13 +300,12 @@ def test_a_copy_whose_loop_was_closed_keeps_no_slot_from_the_next_one() -> None:
 
     run_virtual(next_one())
     assert copies.active == 0
-    threads.close()
 
 
-def test_a_copy_that_ended_as_its_loop_was_closed_is_not_active() -> None:
+def test_a_copy_that_ended_as_its_loop_was_closed_is_not_active(threads: WorkerThreads) -> None:
     """The loop was told of the end, and then had no turn to hear of it."""
-    gate, told, threads = ThreadGate(), threading.Event(), WorkerThreads()
-    copies = PayloadCopies("builder", max_concurrency=1, threads=threads)
+    gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1, threads=threads)
+    told = threading.Event()
     loop = asyncio.new_event_loop()
     tell = loop.call_soon_threadsafe
 
@@ -327,14 +327,12 @@ def test_a_copy_that_ended_as_its_loop_was_closed_is_not_active() -> None:
     assert not any(task.done() for task in left)
     health = copies.health()
     assert (copies.active, health.completed_count, health.started_count) == (0, 1, 1)
-    threads.close()
 
 
 @needs_fork
-def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child() -> None:
+def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child(threads: WorkerThreads) -> None:
     """Its thread does not exist there."""
-    gate, threads = ThreadGate(), WorkerThreads()
-    copies = PayloadCopies("builder", threads=threads)
+    gate, copies = ThreadGate(), PayloadCopies("builder", threads=threads)
 
     def in_the_child() -> None:
         assert copies.active == 0
@@ -349,4 +347,3 @@ def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child() -> None:
 
     asyncio.run(fork_while_a_thread_copies())
     assert copies.active == 0
-    threads.close()

@@ -25,17 +25,6 @@ pytestmark = pytest.mark.concurrency
 VARIABLE: contextvars.ContextVar[str] = contextvars.ContextVar("VARIABLE", default="unset")
 
 
-@pytest.fixture
-def threads() -> Any:
-    """Threads of the test's own, ended after it."""
-    own = WorkerThreads()
-    token = current_threads.set(own)
-    yield own
-    current_threads.reset(token)
-    own.close()
-    assert own.idle == 0
-
-
 def ident() -> int:
     return threading.get_ident()
 

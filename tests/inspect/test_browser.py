@@ -43,7 +43,7 @@ Open = Callable[..., "Page"]
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Open]:
-    """Opens pages, each in a browser of its own, which may not complain of anything."""
+    """Opens pages, each in its own browser, which come to hold some words without complaints."""
     complaints: list[str] = []
     contexts = []
 
@@ -53,7 +53,9 @@ def visit(browser: Browser) -> Iterator[Open]:
         if message.type in ("error", "warning") and not expected.search(message.text):
             complaints.append(message.text)
 
-    def visit(url: str, *, clock: bool = False, **settings: Any) -> Page:
+    def visit(
+        url: str, words: str = "", part: str = "body", *, clock: bool = False, **settings: Any
+    ) -> Page:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
         context.set_default_timeout(WAIT_MS)
         contexts.append(context)
@@ -63,6 +65,8 @@ def visit(browser: Browser) -> Iterator[Open]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", noted)
         page.goto(url)
+        if words:
+            wait(page, words, part)
         return page
 
     yield visit
@@ -88,8 +92,7 @@ def focused(page: Page) -> str:
 
 
 def test_an_operator_reads_what_is_wrong_and_what_to_do(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "Degraded", "#verdict")
+    page = visit(farm.url, "Degraded", "#verdict")
     wait(page, "A source keeps failing and is left alone: weather", "#findings")
     wait(page, "tried again by itself", "#findings")
     row = page.locator("#sources tr", has_text="weather").first
@@ -103,8 +106,7 @@ def test_an_operator_reads_what_is_wrong_and_what_to_do(farm: Farm, visit: Open)
 
 
 def test_every_part_of_the_page_shows_something(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, r"\d+ a second", "#tiles")
+    page = visit(farm.url, r"\d+ a second", "#tiles")
     wait(page, r"\d of 8 slots for calls are in use", "#capacity")
     wait(page, r"well-pump", "#capacity")
     wait(page, r"entries of at most 10,000", "#cache")
@@ -117,8 +119,7 @@ def test_every_part_of_the_page_shows_something(farm: Farm, visit: Open) -> None
 
 
 def test_no_subject_and_no_error_text_is_on_it_unless_asked_for(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "market:price", "#graph")
+    page = visit(farm.url, "market:price", "#graph")
     page.locator("#memory summary").click()
     wait(page, "Values are not shown", "#values")
     page.locator("#traces button").first.click()
@@ -129,15 +130,13 @@ def test_no_subject_and_no_error_text_is_on_it_unless_asked_for(farm: Farm, visi
     assert "plot-" not in whole
     assert "no route" not in whole
     with Farm(show_subjects=True, show_values=True).open() as open_farm:
-        page = visit(open_farm.url)
-        wait(page, "farm:water-level:well-1", "#flights")
+        page = visit(open_farm.url, "farm:water-level:well-1", "#flights")
         page.locator("#memory summary").click()
         wait(page, r"farm:soil:plot-\d.*\{'moisture': 0\.31\}", "#values")
 
 
 def test_it_is_renewed_in_place_while_one_reads(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "market:price", "#graph")
+    page = visit(farm.url, "market:price", "#graph")
     page.evaluate("document.querySelector('#sources tbody tr').marked = 'kept'")
     calls = page.locator("#sources tbody tr").first.locator("td").nth(2)
     before = calls.inner_text()
@@ -147,8 +146,7 @@ def test_it_is_renewed_in_place_while_one_reads(farm: Farm, visit: Open) -> None
 
 def test_a_source_that_comes_back_and_a_builder_that_is_closed_are_seen(visit: Open) -> None:
     with Farm(recovery_seconds=0.5).open() as farm:
-        page = visit(farm.url)
-        wait(page, "ConnectionError", "#sources")
+        page = visit(farm.url, "ConnectionError", "#sources")
         farm.weather_fails = False
         wait(page, "Healthy", "#verdict")
         wait(page, "Nothing. All is well", "#findings")
@@ -170,8 +168,7 @@ def test_a_source_that_is_too_slow_for_its_readers_is_seen(visit: Open) -> None:
 
 def test_without_tracing_it_says_how_to_switch_it_on(visit: Open) -> None:
     with Farm(trace=False).open() as farm:
-        page = visit(farm.url)
-        wait(page, "Tracing is off", "#traces")
+        page = visit(farm.url, "Tracing is off", "#traces")
         wait(page, "trace=True", "#traces")
 
 
@@ -180,8 +177,7 @@ SPITEFUL = "</script><img src=x onerror=\"document.title='owned'\"><b>bold</b>{{
 
 def test_whatever_names_hold_is_shown_as_text(visit: Open) -> None:
     with Farm(title=SPITEFUL, name=SPITEFUL, show_subjects=True).open() as farm:
-        page = visit(farm.url)
-        wait(page, "market:price", "#graph")
+        page = visit(farm.url, "market:price", "#graph")
         wait(page, re.escape("<b>bold</b>"), "h1")
         wait(page, re.escape(SPITEFUL), "#sources")
         page.locator("#traces button").first.click()
@@ -232,8 +228,7 @@ def test_a_trace_is_opened_read_and_closed(farm: Farm, visit: Open) -> None:
 
 
 def test_everything_can_be_reached_and_used_by_keyboard(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "market:price", "#graph")
+    page = visit(farm.url, "market:price", "#graph")
     wait(page, "complete|stale", "#traces")
     page.keyboard.press("Tab")
     assert focused(page) == "Skip to the content"
@@ -263,8 +258,7 @@ def test_everything_can_be_reached_and_used_by_keyboard(farm: Farm, visit: Open)
 
 
 def test_the_focus_stays_where_it_is_while_the_page_is_renewed(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "complete|stale", "#traces")
+    page = visit(farm.url, "complete|stale", "#traces")
     page.locator("#order").select_option("slow")  # the newest may have left the list by then
     page.locator("#traces button").first.focus()
     chosen = page.evaluate("document.activeElement.closest('tr').dataset.key")
@@ -288,8 +282,7 @@ def test_the_focus_stays_though_a_row_above_it_goes(farm: Farm, visit: Open) -> 
 
 
 def test_a_kind_in_the_graph_lights_up_what_it_is_tied_to(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "market:price", "#graph")
+    page = visit(farm.url, "market:price", "#graph")
     page.locator("#graph g[aria-label^='farm:need']").focus()
     playwright.expect(page.locator("#graph path.lit")).to_have_count(3)
     page.locator("#pause").focus()
@@ -302,8 +295,7 @@ NARROW = {"viewport": {"width": 360, "height": 780}}
 
 
 def test_nothing_sticks_out_whatever_the_width(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "market:price", "#graph")
+    page = visit(farm.url, "market:price", "#graph")
     page.locator("#memory summary").click()
     page.locator("#traces button").first.click()
     page.frame_locator("#waterfall iframe").get_by_text("cost-model").first.wait_for()
@@ -313,8 +305,7 @@ def test_nothing_sticks_out_whatever_the_width(farm: Farm, visit: Open) -> None:
 
 
 def test_on_a_narrow_screen_every_figure_has_its_name_beside_it(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url, **NARROW)
-    wait(page, "Left alone", "#sources")
+    page = visit(farm.url, "Left alone", "#sources", **NARROW)
     row = page.locator("#sources tbody tr").first
     labels = row.locator("td").evaluate_all(
         "all => all.filter(each => each.offsetParent && !each.classList.contains('lead'))"
@@ -326,8 +317,7 @@ def test_on_a_narrow_screen_every_figure_has_its_name_beside_it(farm: Farm, visi
 
 
 def test_text_can_be_told_from_its_ground_be_it_light_or_dark(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "Left alone", "#sources")
+    page = visit(farm.url, "Left alone", "#sources")
     wait(page, "complete|stale", "#traces")
     grounds = set()
     for scheme in ("light", "dark"):
@@ -363,8 +353,7 @@ CONTRAST = """() => {
 
 
 def test_who_wants_no_motion_gets_none(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url, reduced_motion="reduce")
-    wait(page, "Left alone", "#sources")
+    page = visit(farm.url, "Left alone", "#sources", reduced_motion="reduce")
     moving = page.evaluate(
         "[...document.querySelectorAll('*')].filter(each => !['0s', ''].includes("
         "getComputedStyle(each).transitionDuration) || getComputedStyle(each).animationName !== "
@@ -378,8 +367,7 @@ def test_who_wants_no_motion_gets_none(farm: Farm, visit: Open) -> None:
 
 def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: Open) -> None:
     with Farm().open() as farm:
-        page = visit(farm.url, clock=True)
-        wait(page, "Live", "#live")
+        page = visit(farm.url, "Live", "#live", clock=True)
         farm.stop_serving()
         page.clock.fast_forward(8_000)
         wait(page, r"Not connected since \d\d:\d\d:\d\d\. What you see is from then", "#cut")
@@ -395,8 +383,7 @@ def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: O
 
 def test_a_page_that_is_seldom_renewed_is_not_taken_for_cut_off(visit: Open) -> None:
     with Farm(interval_seconds=60.0).open() as farm:
-        page = visit(farm.url, clock=True)
-        wait(page, "Live", "#live")
+        page = visit(farm.url, "Live", "#live", clock=True)
         page.clock.fast_forward(9_000)
         assert page.locator("#cut").is_hidden()
         assert page.locator("#live").inner_text().startswith("Live")
@@ -405,8 +392,7 @@ def test_a_page_that_is_seldom_renewed_is_not_taken_for_cut_off(visit: Open) -> 
 def test_it_says_when_one_may_not_read_it_any_more(visit: Open) -> None:
     allowed = [True]
     with Farm(authorize=lambda scope: bool(allowed)).open() as farm:
-        page = visit(farm.url, clock=True)
-        wait(page, "Live", "#live")
+        page = visit(farm.url, "Live", "#live", clock=True)
         allowed.clear()
         farm.stop_serving()
         farm.serve_again()
@@ -420,8 +406,7 @@ def test_it_says_when_one_may_not_read_it_any_more(visit: Open) -> None:
 
 
 def test_a_page_nobody_looks_at_asks_for_nothing(farm: Farm, visit: Open) -> None:
-    page = visit(farm.url)
-    wait(page, "Live", "#live")
+    page = visit(farm.url, "Live", "#live")
     page.evaluate(
         "Object.defineProperty(document, 'hidden', {value: true, configurable: true});"
         "document.dispatchEvent(new Event('visibilitychange'))"
@@ -437,8 +422,7 @@ def test_a_page_nobody_looks_at_asks_for_nothing(farm: Farm, visit: Open) -> Non
 def test_pictures_can_be_taken(visit: Open, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     folder = PICTURES if pytestconfig.getoption("--pictures") else tmp_path
     with Farm().open() as farm:
-        page = visit(farm.url, viewport={"width": 1280, "height": 800})
-        wait(page, "Left alone", "#sources")
+        page = visit(farm.url, "Left alone", "#sources", viewport={"width": 1280, "height": 800})
         page.wait_for_timeout(8_000 if folder is PICTURES else 100)
         page.screenshot(path=folder / "inspect-light.png")
         page.locator("#traces").scroll_into_view_if_needed()
@@ -446,8 +430,8 @@ def test_pictures_can_be_taken(visit: Open, pytestconfig: pytest.Config, tmp_pat
         page.locator("#traces button").nth(1).click()
         page.frame_locator("#waterfall iframe").get_by_text("cost-model").first.wait_for()
         page.locator("#waterfall").screenshot(path=folder / "inspect-waterfall.png")
-        page = visit(farm.url, viewport={"width": 360, "height": 700}, color_scheme="dark")
-        wait(page, "Left alone", "#sources")
+        small: dict[str, Any] = {"viewport": {"width": 360, "height": 700}, "color_scheme": "dark"}
+        page = visit(farm.url, "Left alone", "#sources", **small)
         page.screenshot(path=folder / "inspect-narrow.png")
     for name in ("light", "waterfall", "narrow"):
         assert (folder / f"inspect-{name}.png").stat().st_size > 5_000

@@ -696,6 +696,13 @@ def test_only_a_builder_can_be_watched() -> None:
         app(object())  # type: ignore[arg-type]  # the very mistake
 
 
+async def holding(payload: Any, **settings: Any) -> SnapshotBuilder:
+    """A builder whose cache holds a value of K."""
+    made = builder(Single("k"), **settings)
+    await made.publisher.publish(K, payload, source="k")
+    return made
+
+
 async def test_the_repr_of_a_value_holds_up_no_loop() -> None:
     asked = []
 
@@ -704,12 +711,8 @@ async def test_the_repr_of_a_value_holds_up_no_loop() -> None:
             asked.append(threading.current_thread())
             return "slow"
 
-    async def fetch(key: Any, context: Any) -> Any:
-        return Slow()
-
-    made = builder(Single("k", fetch=fetch))
-    await made.build([K])
-    (shown,) = (await get(app(made, show_values=True), "/cache.json")).json["values"]
+    page = app(await holding(Slow()), show_values=True)
+    (shown,) = (await get(page, "/cache.json")).json["values"]
     assert shown["value"] == "slow"
     assert len(asked) == 1
     assert asked != [threading.main_thread()]
@@ -723,12 +726,7 @@ async def test_a_repr_that_does_not_end_holds_up_neither_its_viewer_nor_the_end(
             gate.pass_()
             return "late"
 
-    async def fetch(key: Any, context: Any) -> Any:
-        return Stuck()
-
-    made = builder(Single("k", fetch=fetch))
-    await made.build([K])
-    page = app(made, show_values=True)
+    page = app(await holding(Stuck()), show_values=True)
     assert (await get(page, "/cache.json")).json == {"error": "TimeoutError"}
     async with Stream(page, scope_of("/cache.json")) as stream:
         await settle()
@@ -739,14 +737,13 @@ async def test_a_repr_that_does_not_end_holds_up_neither_its_viewer_nor_the_end(
 
 
 async def test_values_in_memory_are_shown_only_if_asked_for() -> None:
-    made = builder(Single("k"))
-    await made.build([K])
+    made = await holding("secret-value")
     hidden = (await get(app(made), "/cache.json")).json
     assert hidden["shows_values"] is False
     assert "value" not in hidden["values"][0]
     assert "secret" not in json.dumps(hidden)
     shown = (await get(app(made, show_values=True), "/cache.json")).json
-    assert shown["values"][0]["value"] == "'secret-subject'"
+    assert shown["values"][0]["value"] == "'secret-value'"
     assert shown["values"][0]["key"].startswith("test:k:#")
 
 
@@ -754,13 +751,8 @@ async def test_a_value_that_has_left_the_cache_is_not_kept_alive_for_having_been
     class Payload(dict[str, int]):
         pass
 
-    async def fetch(key: Any, context: Any) -> Any:
-        return Payload()
-
     cache = AsyncMemoryCache()
-    made = builder(Single("k", fetch=fetch), trace=True, cache=cache)
-    page = app(made, show_values=True)
-    await made.build([K])
+    page = app(await holding(Payload(), trace=True, cache=cache), show_values=True)
     reference = weakref.ref(cache.store.newest(1)[0].payload)
     async with Stream(page, scope_of("/events")) as viewer:
         await viewer.states(2)
