@@ -157,7 +157,7 @@ async def act(world: World) -> None:
 
 async def build(world: World) -> None:
     """Build once, by a deadline at times."""
-    floor = dict(world.floor)
+    floor = world.known()
     keys = wanted(world)
     budget = some_budget(world)
     answer = world.builder.build(keys, strict=False, deadline_seconds=budget)
@@ -166,7 +166,7 @@ async def build(world: World) -> None:
 
 async def ask(world: World) -> None:
     """Ask for several things at once, some of which may be missing."""
-    floor = dict(world.floor)
+    floor = world.known()
     requests = [
         SnapshotRequest(required=keys[:some], optional=keys[some:])
         for keys in (wanted(world) for _ in range(world.chance.randint(1, 4)))
@@ -185,7 +185,7 @@ async def ask(world: World) -> None:
 
 async def flock(world: World) -> None:
     """Build one key from many tasks, of which some leave."""
-    floor = dict(world.floor)
+    floor = world.known()
     keys = world.chance.sample(world.keys, 1)
 
     async def come() -> None:
@@ -240,7 +240,7 @@ async def in_time(answer: Coroutine[Any, Any, T], budget: float | None) -> T:
 
 async def converse(world: World) -> None:
     """Resolve in stages, and revalidate at times; what is pinned stays until then."""
-    floor = dict(world.floor)
+    floor = world.known()
     async with world.builder.session() as session:
         pinned: dict[ResourceKey, str] = {}
         asked: dict[ResourceKey, None] = {}
@@ -263,7 +263,7 @@ async def converse(world: World) -> None:
 
 async def converse_together(world: World) -> None:
     """Use one session from several tasks at once, which see one value of each key at a time."""
-    floor = dict(world.floor)
+    floor = world.known()
 
     async def talk() -> None:
         for _ in range(2):
@@ -324,6 +324,11 @@ async def change(world: World) -> None:
     await asyncio.gather(*map(world.change, world.chance.sample(world.lively, count)))
 
 
+async def change_quietly(world: World) -> None:
+    """Let a base key change without news of it, as most things do."""
+    world.truth[world.chance.choice(world.lively)] += 1
+
+
 def wanted(world: World) -> list[ResourceKey]:
     return world.chance.sample(world.keys, world.chance.randint(1, 9))
 
@@ -366,6 +371,8 @@ def check(
         for name, number in facts(value.value):
             assert seen.setdefault(name, number) == number, f"{name} is mixed in {k}"
             assert number >= least.get(name, 0), f"{name} in {k} is older than what was known"
+            if not value.stale:
+                world.seen[name] = max(number, world.seen.get(name, 0))
         for needed, version in value.dependency_versions.items():
             if needed in snapshot:
                 assert snapshot[needed].version == version, f"{k} is not made of {needed}"
@@ -451,5 +458,5 @@ def check_trace(snapshot: Snapshot) -> None:
 
 DEEDS = (
     build, build, build, flock, ask, ask, build_both, converse, converse_together,
-    converse_together, meddle, change, change, change_both,
+    converse_together, meddle, change, change, change_both, change_quietly, change_quietly,
 )  # fmt: skip

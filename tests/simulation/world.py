@@ -269,6 +269,7 @@ class World:
         self.narrow = not self.calm and chance.random() < 0.3
         self.closes = chance.random() < 0.1
         self.closed = False
+        self.seen: dict[str, int] = {}
         self.kept: list[tuple[float, Any]] = []
         self.events = Events() if chance.random() < 0.2 else None
         self.metrics = InMemoryMetrics()
@@ -421,6 +422,10 @@ class World:
     def fails(self) -> bool:
         """Whether something goes wrong just now."""
         return not self.calm and self.chance.random() < 0.2
+
+    def known(self) -> dict[ResourceKey, int]:
+        """Return what is known by now of base keys: they were told of, or somebody has seen it."""
+        return {k: max(number, self.seen.get(str(k), 0)) for k, number in self.floor.items()}
 
     def is_absent(self, number: int) -> bool:
         """Whether there is nothing of a base key while its truth is this number."""
