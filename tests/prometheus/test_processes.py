@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,43 +13,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
-import coalestra
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
-from tests.docs.pages import ROOT
 from tests.prometheus.scrape import metrics
+from tests.support.workers import SOURCE, Process
 
 pytestmark = pytest.mark.slow
-SOURCE = Path(str(coalestra.__file__)).parents[1]
-
-
-class Process:
-    """One worker."""
-
-    def __init__(self, shared: Path) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.prometheus.worker"], cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{ROOT}",
-                "PROMETHEUS_MULTIPROC_DIR": str(shared)},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.pid = self._process.pid
-
-    def do(self, *order: object) -> None:
-        """Have it do something, and wait until it is done."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        assert self._process.stdout.readline() == "done\n"
-
-    def kill(self) -> None:
-        """End it in the middle of whatever it does."""
-        self._process.send_signal(signal.SIGKILL)
-        self.end()
-
-    def end(self) -> None:
-        """Let it end."""
-        self._process.communicate()
 
 
 class Farm:
@@ -59,12 +25,15 @@ class Farm:
 
     def __init__(self, shared: Path) -> None:
         self.shared = shared
-        self.first, self.second = Process(shared), Process(shared)
+        self.first, self.second = (
+            Process("tests.prometheus.worker", PROMETHEUS_MULTIPROC_DIR=str(shared))
+            for _ in range(2)
+        )
 
-    def each(self, *order: object) -> None:
+    def each(self, do: str, *terms: object) -> None:
         """Have both do something."""
-        self.first.do(*order)
-        self.second.do(*order)
+        self.first.do(do, *terms)
+        self.second.do(do, *terms)
 
     def scraped(self) -> CollectorRegistry:
         """What a scrape asks."""
@@ -93,8 +62,9 @@ class Farm:
 def farm(tmp_path: Path) -> Iterator[Farm]:
     farm = Farm(tmp_path)
     yield farm
-    farm.first.end()
-    farm.second.end()
+    for each in (farm.first, farm.second):
+        if each.alive:
+            each.end()
 
 
 def names_of_one_process(registry: CollectorRegistry) -> set[str]:

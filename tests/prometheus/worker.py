@@ -11,6 +11,7 @@ from coalestra import CallableSource, CircuitBreakerPolicy, ResourceKey, Snapsho
 from coalestra.core.policies import FreshnessPolicy
 from coalestra.prometheus import HealthCollector, PrometheusMetrics
 from coalestra.resilience import RetryPolicy, SourceResiliencePolicy
+from tests.support.workers import say
 
 
 class Worker:
@@ -76,10 +77,9 @@ async def main() -> None:
     """Do what the lines say, and answer each."""
     worker = Worker()
     for line in sys.stdin:
-        what, *terms = json.loads(line)
+        what, terms, _ = json.loads(line)
         await getattr(worker, what)(*terms)
-        sys.stdout.write("done\n")
-        sys.stdout.flush()
+        say({})
 
 
 if __name__ == "__main__":

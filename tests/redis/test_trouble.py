@@ -26,11 +26,11 @@ from coalestra import (
 from coalestra.core.errors import CacheUnavailableError
 from coalestra.redis import RedisCache, SharedCacheUnavailableError
 from coalestra.redis.server import _Line
-from tests.redis.processes import SOURCE
 from tests.redis.servers import Server, running
 from tests.redis.stock import PATIENT_SECONDS, A, B, opened, until
 from tests.support import Gate, begun
 from tests.support.elsewhere import needs_fork
+from tests.support.workers import SOURCE
 
 pytestmark = [pytest.mark.real_loop, pytest.mark.server]
 

@@ -1,6 +1,6 @@
 """A process of its own over a shared cache; it does what it is told, line by line.
 
-Each line of input is a JSON object with ``do``; each line of output its answer. To ``begin`` is to
+Each line of input is an order, as JSON; each line of output its answer. To ``begin`` is to
 be one builder over one cache, with a URL, a prefix, an offset of the clock and settings, until told
 to ``end``. The source's truth is kept on the same server, apart from the cache: a number under
 ``PREFIX-truth:NAME``, and the count of calls under ``PREFIX-calls``.
@@ -28,6 +28,7 @@ from coalestra import (
 )
 from coalestra.core.protocols import SystemClock
 from coalestra.redis import RedisCache
+from tests.support.workers import say
 
 POLICY = FreshnessPolicy(ttl_seconds=300, max_stale_seconds=600)
 
@@ -172,18 +173,12 @@ async def serve() -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     worker = None
     while line := await lines.readline():
-        order = json.loads(line)
-        what = order.pop("do")
+        what, _, order = json.loads(line)
         if worker is None or what == "begin":
             worker = Worker(**order)
             say({})
         else:
             say(await worker.do(what, order))
-
-
-def say(answer: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -82,20 +82,15 @@ def test_no_schedule_breaks_a_law_when_others_run_at_every_pause(
 ) -> None:
     """Every loop over many things that may give others a turn does so after each single thing."""
     monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
-    for module in (calls, deliveries):
-        monkeypatch.setattr(module, "PORTION", 1)
-    monkeypatch.setattr(singleflight, "_STEPS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(calls, "_CALLS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(calls, "_WORKERS_AT_ONCE", 1)
-    monkeypatch.setattr(singleflight, "_KEYS_PER_STEP", 1)
-    for module in (singleflight, deliveries):
-        monkeypatch.setattr(module, "_KEYS_AT_ONCE", 1)
-    monkeypatch.setattr(singleflight, "_WAITERS_PER_STEP", 1)
-    monkeypatch.setattr(deliveries, "_KEYS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(foreign_cache, "_ANSWERS_BETWEEN_LOOKS", 1)
-    monkeypatch.setattr(session, "_ERRORS_BETWEEN_LOOKS", 1)
-    for module in (readings, values):
-        monkeypatch.setattr(module, "_PER_SLICE", 1)
+    for module, at_a_time in (
+        (calls, "PORTION"), (deliveries, "PORTION"), (singleflight, "_STEPS_BETWEEN_LOOKS"),
+        (calls, "_CALLS_BETWEEN_LOOKS"), (calls, "_WORKERS_AT_ONCE"),
+        (singleflight, "_KEYS_PER_STEP"), (singleflight, "_KEYS_AT_ONCE"),
+        (deliveries, "_KEYS_AT_ONCE"), (singleflight, "_WAITERS_PER_STEP"),
+        (deliveries, "_KEYS_BETWEEN_LOOKS"), (foreign_cache, "_ANSWERS_BETWEEN_LOOKS"),
+        (session, "_ERRORS_BETWEEN_LOOKS"), (readings, "_PER_SLICE"), (values, "_PER_SLICE"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, at_a_time, 1)
     run_block(block, worlds)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from coalestra import (
     AsyncMemoryCache,
-    CacheLookup,
     CircuitBreakerPolicy,
     CircuitScope,
     FetchContext,
@@ -27,11 +26,10 @@ from coalestra import (
     Snapshot,
     SnapshotBuilder,
     SnapshotDiagnostics,
-    SnapshotValue,
     SourcePayload,
     SourceResiliencePolicy,
 )
-from tests.contracts.caches import LeasingCache
+from tests.contracts.caches import LeasingCache, SingleKeyCache
 from tests.orchestration.scripted import Batch, Derived, Single, key
 from tests.support import Panic
 
@@ -86,31 +84,15 @@ class Pausing:
             raise self._chance.choice(TROUBLE)()
 
 
-class AwaitedCache(Pausing):
+class AwaitedCache(Pausing, SingleKeyCache):
     """A cache with single-key methods only."""
 
     def __init__(self, chance: random.Random, faulty: bool) -> None:
-        super().__init__(chance, faulty)
-        self._values: dict[ResourceKey, SnapshotValue[Any]] = {}
+        Pausing.__init__(self, chance, faulty)
+        SingleKeyCache.__init__(self)
 
-    async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> CacheLookup:
+    async def _travel(self, call: str) -> None:
         await self._pause()
-        value = self._values.get(key)
-        if value is None:
-            return CacheLookup(None, fresh=False, usable_stale=False)
-        age = max(0.0, now - value.observed_at)
-        return CacheLookup(value, age <= policy.ttl_seconds, age <= policy.max_stale_seconds, age)
-
-    async def set(self, value: SnapshotValue[Any]) -> None:
-        await self._pause()
-        self._values[value.key] = value
-
-    async def invalidate(self, key: ResourceKey) -> None:
-        await self._pause()
-        self._values.pop(key, None)
-
-    async def clear(self) -> None:
-        self._values.clear()
 
 
 class JudgingCache(Pausing):
