@@ -30,7 +30,6 @@ from tests.support import (
     run_virtual,
     settle,
 )
-from tests.support.elsewhere import in_a_child, needs_fork
 from tests.support.running import no_more_threads
 
 pytestmark = pytest.mark.concurrency
@@ -327,23 +326,3 @@ def test_a_copy_that_ended_as_its_loop_was_closed_is_not_active(threads: WorkerT
     assert not any(task.done() for task in left)
     health = copies.health()
     assert (copies.active, health.completed_count, health.started_count) == (0, 1, 1)
-
-
-@needs_fork
-def test_a_copy_that_a_fork_has_lost_is_not_active_in_the_child(threads: WorkerThreads) -> None:
-    """Its thread does not exist there."""
-    gate, copies = ThreadGate(), PayloadCopies("builder", threads=threads)
-
-    def in_the_child() -> None:
-        assert copies.active == 0
-
-    async def fork_while_a_thread_copies() -> None:
-        task = start(copies, Held(gate))
-        await asyncio.sleep(0)
-        gate.wait_arrived()
-        in_a_child(in_the_child)
-        gate.open()
-        await task
-
-    asyncio.run(fork_while_a_thread_copies())
-    assert copies.active == 0

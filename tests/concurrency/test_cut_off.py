@@ -99,18 +99,6 @@ async def test_a_new_cancelled_error_raised_in_answer_to_the_cut_off_counts_as_e
     assert await outcome(asyncio.create_task(work())) == "CutOffExpired"
 
 
-async def test_a_block_that_survives_its_cut_off_keeps_its_result() -> None:
-    """`expired` tells that it came too late."""
-    with CutOff(soon(1)) as cut:
-        try:
-            await asyncio.sleep(10)
-        except asyncio.CancelledError:
-            result = "stubborn"
-    assert result == "stubborn"
-    assert cut.expired
-    await asyncio.sleep(1)
-
-
 # Nesting -----------------------------------------------------------------------------------------
 
 
@@ -164,17 +152,6 @@ async def test_a_cut_off_can_be_moved_while_it_runs(
         pass
     assert await mover
     assert soon(0) - began == pytest.approx(ends)
-
-
-async def test_moving_an_expired_cut_off_comes_too_late() -> None:
-    """It says so, and sets no timer."""
-    cut = CutOff(soon(1), lambda: moved.append(cut.move(soon(5))))
-    moved: list[bool] = []
-    with pytest.raises(CutOffExpired):
-        with cut:
-            await asyncio.sleep(10)
-    assert moved == [False]
-    assert not cut.move(soon(1))
 
 
 # Misuse ------------------------------------------------------------------------------------------

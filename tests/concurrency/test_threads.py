@@ -7,17 +7,16 @@ import contextvars
 import queue
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from coalestra.concurrency.copying import PayloadCopies
-from coalestra.concurrency.threads import Job, WorkerThreads, current_threads, threads_of_context
+from coalestra.concurrency.threads import Job, WorkerThreads, current_threads
 from tests.support import ThreadGate, begun, drop, settle
 from tests.support.elsewhere import in_a_child, needs_fork
-from tests.support.running import no_more_threads, without_collector
+from tests.support.running import no_more_threads
 from tests.support.strikes import at_every_line
 
 pytestmark = pytest.mark.concurrency
@@ -52,27 +51,6 @@ async def test_calls_are_counted_by_the_functions_name_at_first(threads: WorkerT
     await call
 
 
-async def test_a_cancelled_caller_stays_until_its_thread_has_ended(threads: WorkerThreads) -> None:
-    """However often it is cancelled: the slot it holds is the thread's."""
-    gate, order = ThreadGate(), []
-
-    async def call() -> None:
-        try:
-            await threads.run(gate.pass_)
-        finally:
-            order.append("caller left")
-
-    task = await begun(call())
-    for _ in range(3):
-        task.cancel()
-        await settle()
-    assert order == []
-    gate.open()
-    await asyncio.wait([task])
-    assert task.cancelled()
-    assert threads.busy == {}
-
-
 async def test_a_call_cancelled_as_its_result_arrives_is_cancelled(threads: WorkerThreads) -> None:
     """The request is never lost, the result is."""
     loop = asyncio.get_running_loop()
@@ -84,47 +62,6 @@ async def test_a_call_cancelled_as_its_result_arrives_is_cancelled(threads: Work
     task = asyncio.create_task(threads.run(function))
     await asyncio.wait([task])
     assert task.cancelled()
-
-
-async def test_the_error_of_a_cancelled_call_is_dropped(threads: WorkerThreads) -> None:
-    """Nobody asks for it; the loop must not complain of an exception never retrieved."""
-    gate = ThreadGate()
-
-    def fail() -> None:
-        gate.pass_()
-        raise KeyError
-
-    task = await begun(threads.run(fail))
-    task.cancel()
-    gate.open()
-    await asyncio.wait([task])
-    assert task.cancelled()
-
-
-class Payload:
-    """Something that a call has in its hands."""
-
-
-@pytest.mark.real_loop  # the virtual one looks at the frames of threads
-async def test_an_error_that_nobody_waits_for_keeps_nothing_alive() -> None:
-    """Only the collector would find a cycle of an error and what it was kept in."""
-    threads, gate, alive = WorkerThreads(), ThreadGate(), weakref.WeakSet[Payload]()
-
-    def fail() -> None:
-        payload = Payload()
-        alive.add(payload)
-        gate.pass_()
-        raise KeyError
-
-    with without_collector():
-        task = await begun(threads.run(fail))
-        gate.wait_arrived()
-        task.cancel()
-        gate.open()
-        await asyncio.wait([task])
-        del task
-        threads.close()
-        assert not alive
 
 
 async def test_closed_threads_refuse_work_and_end(threads: WorkerThreads) -> None:
@@ -295,15 +232,6 @@ def test_a_call_whose_loop_has_closed_is_no_longer_counted(
             await threads.run(int)
 
     asyncio.run(next_call())
-
-
-async def test_the_threads_of_a_context_are_those_set_in_it(threads: WorkerThreads) -> None:
-    """Those of a builder while it calls a source; else those that the process shares."""
-    assert threads_of_context() is threads
-    bare = contextvars.Context()
-    shared = bare.run(threads_of_context)
-    assert shared is not threads
-    assert shared is bare.run(threads_of_context)
 
 
 async def test_a_context_that_outlives_its_threads_has_those_of_the_process() -> None:
