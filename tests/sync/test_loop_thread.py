@@ -241,6 +241,22 @@ def test_the_last_operation_begins_once_though_it_is_handed_over_twice(
     assert begun == [1]
 
 
+def test_what_is_given_up_before_it_could_begin_is_not_done(loop_thread: LoopThread) -> None:
+    held, done = threading.Event(), list[int]()
+
+    async def hold() -> None:
+        held.wait(PATIENCE)
+
+    async def work() -> None:
+        done.append(1)
+
+    started(loop_thread, hold)
+    assert started(loop_thread, work).future.cancel()
+    held.set()
+    assert loop_thread.run("answer()", answer) == 42
+    assert done == []
+
+
 def test_what_is_broken_off_keeps_its_place_until_it_has_ended(loop_thread: LoopThread) -> None:
     backlog, begun, door = SubmissionBacklog(1), threading.Event(), Door()
 
