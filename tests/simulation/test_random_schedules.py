@@ -20,9 +20,14 @@ from coalestra import (
     PayloadCopySubsystemClosedError,
     RequestOutcome,
     ResourceAbsentError,
+    ResourceAcceptanceRule,
     ResourceKey,
     Snapshot,
+    SnapshotAcceptanceError,
+    SnapshotAcceptancePolicy,
     SnapshotBuildError,
+    SnapshotConsistencyError,
+    SnapshotConsistencyPolicy,
     SnapshotRequest,
 )
 from coalestra.concurrency import pace
@@ -248,9 +253,9 @@ async def converse(world: World) -> None:
             else:
                 snapshot = await session.resolve(keys, strict=False)
             check(world, asked, snapshot, floor)
-            versions = {k: value.version for k, value in snapshot.items()}
-            assert {k: versions[k] for k in pinned} == pinned
-            pinned = versions
+            found = versions(snapshot)
+            assert {k: found[k] for k in pinned} == pinned
+            pinned = found
             await world.pause()
         if pinned and world.chance.random() < 0.5:
             await revalidate(world, session, world.chance.choice(list(pinned)), asked, floor)
@@ -293,19 +298,33 @@ async def revalidate(
     asked: Iterable[ResourceKey],
     floor: Mapping[ResourceKey, int],
 ) -> None:
-    """Replace one value and what was derived from it; the named base is as new as can be.
+    """Replace one value and what was derived from it, or nothing; the base is as new as can be.
 
     What failed before is not tried again.
     """
-    now = world.floor.get(k, 0)
+    now, before = world.floor.get(k, 0), versions(session.snapshot())
     forced = world.chance.random() < 0.5
+    most = world.chance.choice((5_000, 0.05, 1.0))
+    rule = ResourceAcceptanceRule(max_age_seconds=most)
+    terms: dict[str, Any] = {
+        "acceptance_policy": SnapshotAcceptancePolicy(resource_rules={k: rule})
+    }
+    if world.chance.random() < 0.3:
+        terms = {"consistency_policy": SnapshotConsistencyPolicy(max_observation_skew_seconds=most)}
+    failed: SnapshotBuildError | None = None
     try:
         with world.calls.changing(*(world.bases if forced else ())):
-            snapshot = await session.revalidate([k], force_refresh=forced)
-    except SnapshotBuildError:
-        assert not world.calm or world.brief or world.vanishes
-    else:
+            snapshot = await session.revalidate([k], force_refresh=forced, **terms)
+    except SnapshotBuildError as error:
+        failed, snapshot = error, session.snapshot()
+    if failed is None:
+        assert snapshot[k].age_seconds <= most or "acceptance_policy" not in terms
         check(world, asked, snapshot, {k: now} if k in world.truth else {}, floor)
+    else:
+        assert versions(snapshot) == before
+        world.told[snapshot.snapshot_id] = snapshot.diagnostics
+        policies = SnapshotAcceptanceError, SnapshotConsistencyError
+        assert not world.calm or world.brief or world.vanishes or isinstance(failed, policies)
 
 
 async def change_both(world: World) -> None:
@@ -379,6 +398,11 @@ def check(
             ttl = world.builder.policy_resolver.resolve(k).ttl_seconds
             assert value.inherits_freshness or value.stale == (value.age_seconds > ttl), k
         spoil(value.value)
+
+
+def versions(snapshot: Snapshot) -> dict[ResourceKey, str]:
+    """Return which revision of each key a snapshot has."""
+    return {k: value.version for k, value in snapshot.items()}
 
 
 def causes(error: BaseException) -> Iterator[str]:
