@@ -154,6 +154,31 @@ async def test_whatever_a_key_is_called_no_text_is_long_or_unprintable(part: str
     assert texts.odd() == []
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+async def test_errors_are_named_in_the_order_of_the_keys_whichever_failed_first(first: str) -> None:
+    down = False
+
+    async def fetch(key: ResourceKey, context: object) -> str:
+        await asyncio.sleep(0 if key.name == first else 1)
+        if down:
+            raise LookupError("lost")
+        return key.name
+
+    keys = [ResourceKey("test", name) for name in "ab"]
+    wanted = ResourceKey("test", "wanted")
+    building = builder(
+        Single("s", "a", "b", fetch=fetch), Derived("d", "wanted", needs=lambda _: keys)
+    )
+    async with building.session() as session:
+        await session.resolve(keys)
+        down = True
+        revalidated = await session.revalidate(keys, strict=False, force_refresh=True)
+    assert [*revalidated.errors] == keys
+    await building.publisher.invalidate_many(keys)
+    failed = (await building.build([wanted], strict=False)).errors[wanted]
+    assert str(failed).index("test:a") < str(failed).index("test:b")
+
+
 async def test_a_log_of_events_holds_a_line_for_each(caplog: pytest.LogCaptureFixture) -> None:
     read, *_ = named(ODD)
     with caplog.at_level(logging.INFO, "coalestra"):

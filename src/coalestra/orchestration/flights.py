@@ -606,6 +606,11 @@ class Gather:
         readings = self.readings
         return readings if len(readings) == 1 else {key: readings[key] for key in self.keys}
 
+    def failed(self) -> list[Failure]:
+        """Return the failures in the order of the keys, whichever of them came first."""
+        failures = self.failures
+        return [failures[key] for key in self.keys if key in failures]
+
     def revisions(self) -> tuple[Revision, ...]:
         """Return the revisions that have been read."""
         return tuple([reading.revision for reading in self.readings.values()])

@@ -862,7 +862,7 @@ class Revalidation:
             await self.unit.engine.run(stage)
             self._readings = stage.readings
             if stage.failures:
-                return await self._retained(await self.unit.errors(stage.failures.values()))
+                return await self._retained(await self.unit.errors(stage.failed()))
             if not await self._goes_with_all():
                 continue  # nor may it be shown as what was turned down
             failed = self.unit.failed()

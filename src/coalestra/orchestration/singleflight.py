@@ -1078,7 +1078,7 @@ class SingleFlight:
         errors: dict[ResourceKey, Exception] = {}
         name = "" if flight.link is None else flight.link.name
         try:
-            for part in portions(gather.failures.values(), _KEYS_PER_STEP):
+            for part in portions(gather.failed(), _KEYS_PER_STEP):
                 errors.update((failure.key, failure.make()) for failure in part)
                 if len(part) == _KEYS_PER_STEP:
                     yield
