@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.capacity import CapacityController, CapacityLimiter, CapacitySnapshot
-from tests.support import cancel_at_every_await, settle
+from tests.support import settle
 
 pytestmark = pytest.mark.concurrency
 
@@ -64,19 +64,6 @@ def test_a_limited_source_may_not_be_named_like_the_global_limit() -> None:
         CapacityController(global_limit=1, source_limits={"__global__": 1})
 
 
-async def test_trying_without_waiting_leaves_nothing_behind_when_it_fails() -> None:
-    """Neither when the source is full nor when only the global limit is."""
-    controller = CapacityController(global_limit=1, source_limits={"a": 1, "b": 1})
-    lease = controller.try_acquire("a")
-    assert lease is not None
-    assert controller.try_acquire("a") is None
-    assert controller.try_acquire("b") is None
-    assert controller.try_acquire("free") is None
-    assert controller.view()["b"] == CapacitySnapshot(1, 0, 0)
-    lease.release()
-    assert controller.view()["__global__"] == CapacitySnapshot(1, 0, 0)
-
-
 async def test_releasing_a_lease_twice_gives_its_slots_back_once() -> None:
     """A second release might free somebody else's slot."""
     controller = CapacityController(global_limit=2, source_limits={"a": 2})
@@ -89,30 +76,6 @@ async def test_releasing_a_lease_twice_gives_its_slots_back_once() -> None:
         "a": CapacitySnapshot(2, 1, 0),
     }
     second.release()
-
-
-async def test_cancelling_an_acquire_at_any_await_leaves_no_slot_taken() -> None:
-    """In the queue of the source, in the global queue, and in the step of each hand-over."""
-    controller = CapacityController(global_limit=1, source_limits={"a": 1})
-
-    async def use(source: str) -> None:
-        async with controller.slot(source):
-            await asyncio.sleep(0)
-
-    async def scenario() -> None:
-        tasks = [asyncio.create_task(use(source)) for source in ("a", "free", "a")]
-        try:
-            async with controller.slot("a"):
-                await asyncio.sleep(0)
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    def at_rest() -> None:
-        assert all(not f.in_use and not f.waiting for f in controller.view().values())
-
-    assert await cancel_at_every_await(scenario, at_rest) > 3
 
 
 async def test_capacity_tells_about_itself() -> None:
