@@ -76,25 +76,6 @@ def as_the_next_turn_comes(copies: PayloadCopies, strike: Callable[[], object]) 
     loop.interrupt_when(lambda: copies.health().waiting_for_capacity < waiting, strike)
 
 
-async def test_a_waiter_cancelled_as_its_turn_comes_hands_the_turn_on() -> None:
-    """Or the slot would be lost for ever."""
-    copies = PayloadCopies("builder", max_concurrency=1)
-    gate, never = ThreadGate(), ThreadGate("never")
-    first = start(copies, Held(gate))
-    await settle()
-    second = start(copies, Held(never))
-    await settle()
-    third = start(copies, Held(gate))
-    await settle()
-    as_the_next_turn_comes(copies, second.cancel)
-    gate.open()
-    await asyncio.wait([first, second, third])
-    assert second.cancelled()
-    assert never.arrived == 0
-    assert isinstance((await third)[0], Held)
-    await finish(copies, gate)
-
-
 async def test_a_deadline_ends_the_wait_for_a_running_copy() -> None:
     """The waiter leaves in time; the slot is free only when the thread has ended."""
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
