@@ -167,16 +167,6 @@ def test_a_gap_empties_it() -> None:
     assert witness.heard[0][0] == "invalidating_where"
 
 
-def test_it_serves_nothing_while_news_may_be_missing() -> None:
-    cache = Telling()
-    near, _ = near_of(cache)
-    assert near.trusted() is near.store
-    cache.connected = False
-    near.on_their_way[A] = revision_of(A)
-    assert near.trusted() is None
-    assert not near.waiting([A])
-
-
 def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
