@@ -125,13 +125,6 @@ def test_a_page_left_open_barely_holds_up_the_servers_end(monkeypatch: pytest.Mo
             assert not served.thread.is_alive()
 
 
-def test_it_is_an_application_of_its_own_too() -> None:
-    with Served(app(made())) as served:
-        for path in ("/", "/state.json"):
-            with asked(served.port, path) as page:
-                assert page.status == 200
-
-
 def test_behind_a_proxy_that_leaves_its_path_away_it_is_found_too() -> None:
     with Served(app(made()), root_path="/behind/a/proxy") as served:
         with asked(served.port, "/state.json") as page:

@@ -23,7 +23,6 @@ from coalestra import (
     SourceUnavailableError,
     SyncSnapshotBuilder,
 )
-from coalestra.core.protocols import Tracer
 from coalestra.opentelemetry import OpenTelemetryMetrics, OpenTelemetryTracer
 from tests.contracts.caches import SingleKeyCache
 from tests.opentelemetry.memory import Meters, Spans, attributes, told
@@ -43,11 +42,6 @@ def traced(spans: Spans, *sources: Any, **settings: Any) -> SnapshotBuilder:
 def client(spans: Spans) -> trace.Tracer:
     """What a client library makes its own spans with."""
     return spans.provider.get_tracer("client")
-
-
-def test_it_is_what_a_builder_takes_for_a_tracer(spans: Spans) -> None:
-    tracer: Tracer = OpenTelemetryTracer(spans.provider)
-    assert isinstance(tracer, Tracer)
 
 
 # What hangs below what ------------------------------------------------------------------------

@@ -31,12 +31,7 @@ from coalestra import (
 )
 from coalestra.concurrency.pace import Pace
 from coalestra.core.protocols import (
-    AtomicAsyncCache,
-    AuthorityAwareCache,
-    BatchAtomicAsyncCache,
     LeasedLookup,
-    LeasingCache,
-    TellingCache,
 )
 from coalestra.redis import (
     MessagePackCodec,
@@ -75,18 +70,6 @@ DUPLICATE = CacheWriteStatus.IGNORED_DUPLICATE
 LOWER = CacheWriteStatus.IGNORED_LOWER_AUTHORITY
 
 # What a value is like when it comes back ------------------------------------------------------
-
-
-async def test_it_has_every_ability_that_the_library_knows(caches: Caches) -> None:
-    async with caches() as [cache]:
-        for ability in (
-            AtomicAsyncCache,
-            BatchAtomicAsyncCache,
-            AuthorityAwareCache,
-            LeasingCache,
-            TellingCache,
-        ):
-            assert isinstance(cache, ability)
 
 
 async def test_a_value_comes_back_whole_in_another_process(caches: Caches) -> None:
