@@ -259,6 +259,8 @@ async def converse(world: World) -> None:
             await world.pause()
         if pinned and world.chance.random() < 0.5:
             await revalidate(world, session, world.chance.choice(list(pinned)), asked, floor)
+        last = session.snapshot()  # others may have waited since for what was begun for this one
+        world.told[last.snapshot_id] = last.diagnostics
 
 
 async def converse_together(world: World) -> None:
