@@ -26,6 +26,7 @@ from coalestra import (
     Snapshot,
     SnapshotBuilder,
     SnapshotDiagnostics,
+    SourceAuthorityPolicy,
     SourcePayload,
     SourceResiliencePolicy,
 )
@@ -301,6 +302,7 @@ class World:
         if kind < 0.4:
             kinds = AwaitedCache, JudgingCache, GivingLeases
             cache = kinds[int(kind * 7.5)](chance, self.wild)
+        self.ranked = isinstance(cache, AsyncMemoryCache) and chance.random() < 0.3
         circuit = chance.choice((
             CircuitBreakerPolicy(), CircuitBreakerPolicy(enabled=False),
             CircuitBreakerPolicy(chance.choice([*CircuitScope]), 1, 0.5),
@@ -317,6 +319,7 @@ class World:
             max_concurrency=most, max_pending_tasks=chance.choice((1, 2, 100)),
             run_payload_copies_in_thread=True if self.mutable else None, trace=self.traced,
             tracer=self.spans if self.traced else None,
+            authority_policy=SourceAuthorityPolicy({"news": 1}) if self.ranked else None,
         )  # fmt: skip
 
     def _sources(self) -> list[Any]:
