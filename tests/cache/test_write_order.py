@@ -45,15 +45,6 @@ def test_an_undated_fetch_counts_from_its_beginning() -> None:
     assert decide(slow, event(NOW - 1, dated=True)).value == STORED
 
 
-def test_undated_ones_of_one_process_go_by_arrival_whatever_the_clock_says() -> None:
-    first, second = (fetch(NOW, 1, began=next_number()) for _ in range(2))
-    early, late = event(NOW), event(NOW - 3600)
-    assert [decide(a, b).value for a, b in ((late, early), (early, late))] == [STORED, OLDER]
-    assert [decide(a, b).value for a, b in ((second, first), (first, second))] == [STORED, OLDER]
-    assert decide(late, first).value == STORED
-    assert decide(first, late).value == OLDER
-
-
 def test_of_what_came_back_from_a_cache_the_end_of_its_reading_is_known() -> None:
     held = fetch(NOW, 1)
     held.version = next_version()

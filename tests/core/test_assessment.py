@@ -207,10 +207,8 @@ def test_sources_that_are_slower_than_the_deadlines_of_their_readers_are_named()
 GROWTH = [
     ("queue_timeout_count", Reason.QUEUE_TIMEOUTS_INCREASED),
     ("source_timeout_count", Reason.SOURCE_TIMEOUTS_INCREASED),
-    (
-        "source_transport_timeout_violation_count",
-        Reason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED,
-    ),
+    ("source_transport_timeout_violation_count",
+        Reason.SOURCE_TRANSPORT_TIMEOUT_VIOLATIONS_INCREASED),
     ("deadline_exceeded_count", Reason.DEADLINES_EXCEEDED_INCREASED),
     ("revalidation_failure_count", Reason.REVALIDATION_FAILURES_INCREASED),
     ("payload_copy_failure_count", Reason.PAYLOAD_COPY_FAILURES_INCREASED),
@@ -220,7 +218,7 @@ GROWTH = [
     ("observability_shutdown_timeout_count", Reason.OBSERVABILITY_SHUTDOWN_TIMEOUTS_INCREASED),
     ("observability_failure_count", Reason.OBSERVABILITY_FAILURES_INCREASED),
     ("cache_failure_count", Reason.CACHE_FAILURES_INCREASED),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("counter, reason", GROWTH)
@@ -342,30 +340,16 @@ def test_critical_must_not_come_before_degraded() -> None:
 def test_a_verdict_is_reported_as_versioned_json() -> None:
     report = health(closed=True, waiting_for_capacity=2).assess(previous=health()).to_dict()
     assert report == {
-        "schema": "coalestra.builder-health-assessment",
-        "schema_version": 1,
-        "severity": "critical",
-        "baseline_used": True,
+        "schema": "coalestra.builder-health-assessment", "schema_version": 1,
+        "severity": "critical", "baseline_used": True,
         "reasons": ["builder_closed", "source_capacity_waiting"],
         "findings": [
-            {
-                "reason": "builder_closed",
-                "severity": "critical",
-                "metric": "closed",
-                "observed": True,
-                "threshold": True,
-                "component": "",
-            },
-            {
-                "reason": "source_capacity_waiting",
-                "severity": "degraded",
-                "metric": "waiting_for_capacity",
-                "observed": 2,
-                "threshold": 1,
-                "component": "",
-            },
+            {"reason": "builder_closed", "severity": "critical", "metric": "closed",
+                "observed": True, "threshold": True, "component": ""},
+            {"reason": "source_capacity_waiting", "severity": "degraded",
+                "metric": "waiting_for_capacity", "observed": 2, "threshold": 1, "component": ""},
         ],
-    }
+    }  # fmt: skip
     assert json.loads(json.dumps(report)) == report
     assert [report["findings"][0]] == [health(closed=True).assess().findings[0].to_dict()]
 

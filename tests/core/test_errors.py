@@ -72,101 +72,62 @@ SAMPLES: list[tuple[CoalestraError, str]] = [
     (SourceUnavailableError("down for repair"), "down for repair"),
     (SourceTimeoutError("too slow"), "too slow"),
     (SnapshotDeadlineExceededError("budget of 2 s"), "budget of 2 s"),
-    (SourceQueueTimeoutError("no slot"), "no slot"),
-    (CircuitOpenError("left alone"), "left alone"),
+    (SourceQueueTimeoutError("no slot"), "no slot"), (CircuitOpenError("left alone"), "left alone"),
     (SourceProtocolError("not a mapping"), "not a mapping"),
     (SessionClosedError("closed"), "closed"),
-    (
-        ResourceResolutionError(PRICE, (REFUSED,)),
-        "cannot resolve market:price:BTC: rest: SourceUnavailableError(refused; attempts=2)",
-    ),
+    (ResourceResolutionError(PRICE, (REFUSED,)),
+        "cannot resolve market:price:BTC: rest: SourceUnavailableError(refused; attempts=2)"),
     (ResourceAbsent("no such row", final=True, ttl_seconds=2), "no such row"),
-    (
-        ResourceAbsentError(PRICE, (SourceFailure("rest", "ResourceAbsent", "no such row"),)),
-        "market:price:BTC does not exist: rest: ResourceAbsent(no such row; attempts=1)",
-    ),
-    (
-        DependencyCycleError((PRICE, DEPTH, PRICE)),
+    (ResourceAbsentError(PRICE, (SourceFailure("rest", "ResourceAbsent", "no such row"),)),
+        "market:price:BTC does not exist: rest: ResourceAbsent(no such row; attempts=1)"),
+    (DependencyCycleError((PRICE, DEPTH, PRICE)),
         "dependencies must not form a cycle, got market:price:BTC -> market:depth:BTC -> "
-        "market:price:BTC; remove one of these dependencies",
-    ),
-    (
-        DependencyResolutionError(PRICE, "mid", {DEPTH: SourceTimeoutError("slow")}),
-        "source 'mid' cannot derive market:price:BTC: market:depth:BTC [SourceTimeoutError(slow)]",
-    ),
-    (
-        SnapshotBuildError({PRICE: ResourceResolutionError(PRICE, (REFUSED,))}, snapshot="partial"),
+        "market:price:BTC; remove one of these dependencies"),
+    (DependencyResolutionError(PRICE, "mid", {DEPTH: SourceTimeoutError("slow")}),
+        "source 'mid' cannot derive market:price:BTC: market:depth:BTC [SourceTimeoutError(slow)]"),
+    (SnapshotBuildError({PRICE: ResourceResolutionError(PRICE, (REFUSED,))}, snapshot="partial"),
         "cannot resolve 1 resource: market:price:BTC "
-        "[rest: SourceUnavailableError(refused; attempts=2)]",
-    ),
-    (
-        consistency_error(),
+        "[rest: SourceUnavailableError(refused; attempts=2)]"),
+    (consistency_error(),
         "2 resources must be observed within 2 s of each other, got 3.5 s between "
-        "market:price:BTC (oldest) and market:depth:BTC (newest)",
-    ),
-    (
-        ResourceAcceptanceError(PRICE, (TOO_OLD,)),
-        "market:price:BTC is not acceptable: price is 9 s old, at most 5 s",
-    ),
-    (
-        SnapshotAcceptanceError(violations=(TOO_OLD, UNMET), snapshot="refused"),
-        "snapshot not acceptable, 2 violations: price is 9 s old, at most 5 s; only 1 of 2",
-    ),
+        "market:price:BTC (oldest) and market:depth:BTC (newest)"),
+    (ResourceAcceptanceError(PRICE, (TOO_OLD,)),
+        "market:price:BTC is not acceptable: price is 9 s old, at most 5 s"),
+    (SnapshotAcceptanceError(violations=(TOO_OLD, UNMET), snapshot="refused"),
+        "snapshot not acceptable, 2 violations: price is 9 s old, at most 5 s; only 1 of 2"),
     (CacheUnavailableError("cancelled itself"), "cancelled itself"),
     (CacheCircuitOpenError("left alone"), "left alone"),
-    (
-        CacheTimeoutError(1.0),
+    (CacheTimeoutError(1.0),
         "a call to the cache must end within 1 s, and did not; find out why it is slow, or give "
-        "the cache timeout_seconds of its own",
-    ),
-    (
-        BuilderClosedError(),
-        "the snapshot builder is closed and takes no more work; create a new one",
-    ),
-    (
-        PayloadIsolationError(context="cache write", value_type="socket", cause=TypeError("no")),
+        "the cache timeout_seconds of its own"),
+    (BuilderClosedError(),
+        "the snapshot builder is closed and takes no more work; create a new one"),
+    (PayloadIsolationError(context="cache write", value_type="socket", cause=TypeError("no")),
         "payloads must be copyable, got socket while copying for cache write: TypeError(no); "
-        "return plain data, or copy it in payload_copier",
-    ),
-    (
-        PayloadCopySubsystemClosedError(component="cache"),
-        "payload copying of the cache is closed and takes no more copies",
-    ),
-    (
-        PayloadCopyShutdownTimeoutError(
-            timeout_seconds=5.0, active_components={"builder": 2, "cache": 1}
-        ),
+        "return plain data, or copy it in payload_copier"),
+    (PayloadCopySubsystemClosedError(component="cache"),
+        "payload copying of the cache is closed and takes no more copies"),
+    (PayloadCopyShutdownTimeoutError(
+        timeout_seconds=5.0, active_components={"builder": 2, "cache": 1}),
         "payload copies must end within 5 s of closing, got 3 still active (builder: 2, cache: 1); "
-        "allow more time with copy_shutdown_timeout_seconds or copy less at once",
-    ),
-    (
-        ObservabilityShutdownTimeoutError(
-            timeout_seconds=0.5, pending_components={"events": 7, "metrics": 2}
-        ),
+        "allow more time with copy_shutdown_timeout_seconds or copy less at once"),
+    (ObservabilityShutdownTimeoutError(
+        timeout_seconds=0.5, pending_components={"events": 7, "metrics": 2}),
         "observability must be delivered within 0.5 s of closing, got 9 records still pending "
         "(events: 7, metrics: 2); allow more time with observability_shutdown_timeout_seconds "
-        "or do not drain",
-    ),
-    (
-        ObservabilityShutdownTimeoutError(timeout_seconds=5.0, pending_components={"events": 1}),
+        "or do not drain"),
+    (ObservabilityShutdownTimeoutError(timeout_seconds=5.0, pending_components={"events": 1}),
         "observability must be delivered within 5 s of closing, got 1 record still pending "
-        "(events: 1); allow more time with observability_shutdown_timeout_seconds or do not drain",
-    ),
-    (
-        SubmissionBacklogFullError(limit=8, pending=8),
+        "(events: 1); allow more time with observability_shutdown_timeout_seconds or do not drain"),
+    (SubmissionBacklogFullError(limit=8, pending=8),
         "at most 8 submissions may be pending, got 8; submit more slowly, flush, or raise "
-        "max_pending_submissions",
-    ),
-    (
-        CapabilityRequirementError(
-            missing_features=("time_travel",),
-            schema_mismatches={"builder_health": (2, 1), "tides": (1, None)},
-        ),
+        "max_pending_submissions"),
+    (CapabilityRequirementError(missing_features=("time_travel",),
+        schema_mismatches={"builder_health": (2, 1), "tides": (1, None)}),
         "the installed coalestra does not satisfy the application: feature 'time_travel' is "
         "missing; schema 'builder_health' must be version 2 or later, is version 1; schema "
-        "'tides' must be version 1 or later, is absent; install another version",
-    ),
-]
+        "'tides' must be version 1 or later, is absent; install another version"),
+]  # fmt: skip
 KINDS = pytest.mark.parametrize(
     "error", [pytest.param(error, id=type(error).__name__) for error, _ in SAMPLES]
 )
@@ -475,22 +436,14 @@ def test_a_resolution_error_is_reported_as_versioned_json() -> None:
     error = ResourceResolutionError(PRICE, (SourceFailure("rest", "OSError", "a\n b", 3),))
     report = error.to_dict()
     assert report == {
-        "schema": "coalestra.error-diagnostics",
-        "schema_version": 1,
-        "error_type": "ResourceResolutionError",
-        "resource": "market:price:BTC",
+        "schema": "coalestra.error-diagnostics", "schema_version": 1,
+        "error_type": "ResourceResolutionError", "resource": "market:price:BTC",
         "message": "cannot resolve market:price:BTC: rest: OSError(a b; attempts=3)",
         "failures": [
-            {
-                "schema": "coalestra.error-diagnostics",
-                "schema_version": 1,
-                "source": "rest",
-                "error_type": "OSError",
-                "message": "a b",
-                "attempts": 3,
-            }
+            {"schema": "coalestra.error-diagnostics", "schema_version": 1, "source": "rest",
+                "error_type": "OSError", "message": "a b", "attempts": 3},
         ],
-    }
+    }  # fmt: skip
     assert json.loads(json.dumps(report)) == report
 
 
