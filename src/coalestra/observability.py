@@ -171,9 +171,7 @@ class ChangeLog:
         """Say that a subject fails, and why, unless that was said last."""
         if self.silent or subject in self.troubled:
             return
-        condition = self._conditions.get(subject)
-        if condition is None:
-            condition = self._conditions[subject] = Condition(subject)
+        condition = self._conditions.setdefault(subject, Condition(subject))
         if condition.is_news(True, self.ticks()):
             self.troubled[subject] = condition
             if isinstance(error, BaseException):
@@ -975,10 +973,7 @@ class ObservabilitySinks:
         if isinstance(_innermost(self.events), LoggingEventSink):
             self.log = ChangeLog(silent=True)
         limits: dict[str, Any] = {"max_pending": max_pending, "overflow": overflow}
-        for name, kind in (
-            ("events", BufferedEventSink),
-            ("metrics", BufferedMetricsSink),
-        ):
+        for name, kind in (("events", BufferedEventSink), ("metrics", BufferedMetricsSink)):
             sink = getattr(self, name)
             blocks = getattr(sink, "coalestra_non_blocking", False) is not True
             if not isinstance(sink, kind) and (blocks if buffer is None else buffer):

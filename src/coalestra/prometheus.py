@@ -19,12 +19,13 @@ import os
 import re
 import threading
 import time
-import weakref
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from coalestra._lockfree import LONGEST_WAIT_SECONDS
 from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Labels, Reading, Watched
@@ -208,12 +209,10 @@ class _Families(Collector):
 
     def describe(self) -> Iterator[Metric]:
         """Return the metrics without series, for the registry to know their names."""
-        for family in self._families.values():
-            yield from family.metric.describe()
+        return (each for family in self._families.values() for each in family.metric.describe())
 
 
-_SHARED: weakref.WeakKeyDictionary[CollectorRegistry, dict[str, _Families]]
-_SHARED = weakref.WeakKeyDictionary()
+_SHARED: WeakKeyDictionary[CollectorRegistry, dict[str, _Families]] = WeakKeyDictionary()
 _SHARING = threading.Lock()
 
 
@@ -363,16 +362,13 @@ class HealthCollector(Collector):
         instance("builder", builder, (SnapshotBuilder, SyncSnapshotBuilder))
         with self._copying:
             self._watched.add(readable(text("name", name)), builder)
-            if self._copies is not None:
-                self._copies.renew(self._watched.read(FACTS.values()))
-                if self._copier is None:
-                    self._copier = threading.Thread(
-                        target=self._keep_copying,
-                        args=(self._copies,),
-                        name="coalestra-prometheus",
-                        daemon=True,
-                    )
-                    self._copier.start()
+            if self._copies is None:
+                return
+            self._copies.renew(self._watched.read(FACTS.values()))
+            if self._copier is None:
+                copy, title = partial(self._keep_copying, self._copies), "coalestra-prometheus"
+                self._copier = threading.Thread(target=copy, name=title, daemon=True)
+                self._copier.start()
 
     def _keep_copying(self, copies: _HealthCopies) -> None:
         while True:

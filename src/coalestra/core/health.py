@@ -282,8 +282,7 @@ class BuilderHealthFinding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the finding as JSON-safe data."""
-        found: dict[str, Any] = json_safe(self)
-        return found
+        return {**json_safe(self)}
 
 
 @record
@@ -518,9 +517,8 @@ class BuilderHealth:
         assessment_policy: BuilderHealthAssessmentPolicy | None = None,
     ) -> dict[str, Any]:
         """Return every attribute, and the verdict of ``assess`` if wanted, as JSON-safe data."""
-        verdict: BuilderHealthAssessment | None = None
-        if flag("include_assessment", include_assessment):
-            verdict = self.assess(previous=previous, policy=assessment_policy)
+        wanted = flag("include_assessment", include_assessment)
+        verdict = self.assess(previous=previous, policy=assessment_policy) if wanted else None
         return {
             "schema": BUILDER_HEALTH_SCHEMA,
             "schema_version": BUILDER_HEALTH_SCHEMA_VERSION,

@@ -47,8 +47,7 @@ class KeyedPolicies(Generic[K, P]):
 
     def _named(self, key: Any) -> str:
         """Return how errors name a key; `TypeError` if it is none."""
-        name: str = validation.instance("overrides key", key, ResourceKey).display
-        return name
+        return str(validation.instance("overrides key", key, ResourceKey).display)
 
     def _chosen(self, key: K) -> P | None:
         """Return the policy that was chosen for ``key``, if any; raises what ``dynamic`` raises."""

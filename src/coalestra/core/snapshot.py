@@ -86,8 +86,7 @@ class SnapshotDiagnostics:
 
     def to_dict(self) -> dict[str, Any]:
         """Return every attribute under its name, as JSON-safe data."""
-        told: dict[str, Any] = json_safe(self)
-        return told
+        return {**json_safe(self)}
 
 
 class DiagnosticsRecorder:

@@ -712,9 +712,8 @@ def told_error(key: ResourceKey, error: BaseException) -> str:
     """Return in sentences what an error itself tells of why ``key`` has no value."""
     failures = error.failures if isinstance(error, errors.ResourceResolutionError) else ()
     if not failures:
-        return _ended(
-            f"{key.display} has no value", _why(errors.type_name(error), errors.message_of(error))
-        )
+        why = _why(errors.type_name(error), errors.message_of(error))
+        return _ended(f"{key.display} has no value", why)
     absent = isinstance(error, errors.ResourceAbsentError)
     sentences = [f"{key.display} has no value, as {_EXISTS_NOT if absent else _NO_SOURCE}."]
     for each in failures:
@@ -1272,7 +1271,16 @@ _PAGE_STYLE = (
 def html(picture: Waterfall) -> str:
     """Return a page of its own."""
     facts = "".join(f"<li>{_safe(fact)}</li>" for fact in picture.facts)
-    sections = "".join(_html_section(picture.seconds, each) for each in picture.sections)
+    times = "".join(f"<span>{text}</span>" for _, text, _ in _ticks(picture.seconds))
+    sections = ""
+    for section in picture.sections:
+        shown = "".join(_html_row(row, picture.seconds) for row in section.rows)
+        left = f'<p class="quiet">{section.rest}</p>' if section.rest else ""
+        sections += (
+            f"<section><h2>{section.heading}</h2>"
+            f'<div class="row ticks quiet" aria-hidden="true"><span></span>'
+            f'<span class="track times">{times}</span></div><ol>{shown}</ol>{left}</section>'
+        )
     legend = "".join(
         f'<li><svg aria-hidden="true">{_sample(kind)}</svg>{look.legend}</li>'
         for kind, look in picture.legend
@@ -1286,17 +1294,6 @@ def html(picture: Waterfall) -> str:
         f'<body><main class="coalestra-trace"><h1>{title}</h1><ul class="facts quiet">{facts}</ul>'
         f'{sections}<ul class="legend quiet" aria-label="Legend">{legend}</ul></main></body>'
         "</html>\n"
-    )
-
-
-def _html_section(whole: float, section: Section) -> str:
-    times = "".join(f"<span>{text}</span>" for _, text, _ in _ticks(whole))
-    shown = "".join(_html_row(row, whole) for row in section.rows)
-    left = f'<p class="quiet">{section.rest}</p>' if section.rest else ""
-    return (
-        f"<section><h2>{section.heading}</h2>"
-        f'<div class="row ticks quiet" aria-hidden="true"><span></span>'
-        f'<span class="track times">{times}</span></div><ol>{shown}</ol>{left}</section>'
     )
 
 
@@ -1334,7 +1331,6 @@ class _Events:
         self._busy_until: dict[str, list[float]] = {}
         self._threads: dict[tuple[str, int], int] = {}
         self._events: list[dict[str, Any]] = []
-        self._arrows = 0
 
     def written(self) -> dict[str, Any]:
         """Return all of them as the object that a trace file consists of."""
@@ -1387,23 +1383,21 @@ class _Events:
         """Lead from a key to the call that carried it: from when both were there."""
         at = max(found.start, call.start)
         if at <= min(found.end, call.end):
-            self._arrows += 1
-            self._write("s", thread, "carried by", at, id=self._arrows)
-            self._write("f", to, "carried by", at, id=self._arrows, bp="e")
+            arrow = len(self._events)
+            self._write("s", thread, "carried by", at, id=arrow)
+            self._write("f", to, "carried by", at, id=arrow, bp="e")
 
     def _name(self, what: str, thread: int, name: str) -> None:
         self._write("M", thread, f"{what}_name", args={"name": readable(name)})
 
     def _write(self, phase: str, thread: int, name: str, *times: float, **more: Any) -> None:
         event: dict[str, Any] = {"name": readable(name), "ph": phase, "pid": 1, "tid": thread}
+        microseconds = [round((each - self._began) * 1e6, 3) for each in times]
         if times:
-            start, end = self._microseconds(times[0]), self._microseconds(times[-1])
-            event |= {"cat": "coalestra", "ts": start}
-            more |= {"dur": round(end - start, 3)} if len(times) > 1 else {}
+            event |= {"cat": "coalestra", "ts": microseconds[0]}
+        if len(times) > 1:
+            event["dur"] = round(microseconds[1] - microseconds[0], 3)
         self._events.append(event | more)
-
-    def _microseconds(self, seconds: float) -> float:
-        return round((seconds - self._began) * 1e6, 3)
 
 
 def _parts(call: CallTrace) -> Iterator[_Part]:
