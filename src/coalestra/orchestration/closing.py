@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-from coalestra._endings import PROGRAM_ENDS, look_after
+from coalestra._endings import PROGRAM_ENDS, look_after, running_task
 from coalestra.cache.memory import AsyncMemoryCache
 from coalestra.core import errors
 from coalestra.core.frozen import empty
@@ -130,11 +130,12 @@ class Closing:
             (limits.observability, partial(self._end_observability, limits.drain)),
             (max(limits.copies, limits.observability), self._end_managed),
         )
+        this = asyncio.current_task()
         for seconds, stage in stages:
             try:
                 await _within(self._granted(seconds), stage)
             except BaseException as error:
-                self._errors.append(error)
+                self._keep(error, this)
         if not self.managed:
             self.engine.parts.threads.close()
             self._over = True
@@ -191,17 +192,23 @@ class Closing:
             )
 
     async def _end_managed(self, seconds: float) -> None:
-        parts, self.managed = self.managed, []
-        for part in parts:
+        this = asyncio.current_task()
+        for part in tuple(self.managed):
             late = partial(self._close_late, part, asyncio.get_running_loop())
-            if self.sinks.call_after_last_record(part, late):
-                continue
-            try:
-                await self._close_part(part, self._granted(seconds))
-            except asyncio.CancelledError:
-                self.managed.append(part)
-            except BaseException as error:
-                self._errors.append(error)
+            if not self.sinks.call_after_last_record(part, late):
+                try:
+                    await self._close_part(part, self._granted(seconds))
+                except asyncio.CancelledError:
+                    continue  # it stays, to be closed again
+                except BaseException as error:
+                    self._keep(error, this)
+            self.managed = [each for each in self.managed if each is not part]
+
+    def _keep(self, error: BaseException, task: asyncio.Task[Any] | None) -> None:
+        """Keep an error, to be raised at the end, unless the collector ends a task left behind."""
+        if running_task() is not task:
+            raise error
+        self._errors.append(error)
 
     async def _close_part(self, part: Any, seconds: float) -> None:
         close, on_loop = _closing_of(part)
