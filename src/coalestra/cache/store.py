@@ -26,7 +26,6 @@ import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from functools import partial
 from itertools import count, islice
 from operator import attrgetter
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
@@ -443,7 +442,7 @@ class EntryStore:
 
         All listeners but ``teller`` hear of it if it was stored.
         """
-        outcome = self._put(now + self.tolerance, force, replace_equal, revision)
+        outcome = self._put(revision, now + self.tolerance, force, replace_equal)
         if outcome[0] is _STORED and self.listeners.references:
             changes = {revision.key: revision}
             self.listeners.revised(changes, teller)
@@ -463,24 +462,29 @@ class EntryStore:
         if self.enter_many(revisions, held, teller=teller):
             if held is None:
                 return [(_STORED, new, None) for new in revisions.values()]
-            replaced = zip(revisions.values(), held.known, strict=True)
-            return [(_STORED, new, old) for new, old in replaced]
-        put = partial(self._put, now + self.tolerance, force, replace_equal)
-        holds, known = self._currency.holds, [self._entries.get(key) for key in revisions]
-        derived = {e.key: e for e in known if e and e.dependency_versions and holds(e)}
-        outcomes = {key: put(revision) for key, revision in revisions.items()}
-        # What one rests on may have been put after it: then it has defended nothing.
-        while again := [k for k, e in derived.items() if outcomes[k][1] is e and not holds(e)]:
-            outcomes.update({key: put(revisions[key]) for key in again})
-        for key, before in derived.items():
-            outcomes[key] = (*outcomes[key][:2], before)
+            pairs = zip(revisions.values(), held.known, strict=True)
+            return [(_STORED, new, old) for new, old in pairs]
+        put, horizon, holds = self._put, now + self.tolerance, self._currency.holds
+        before = map(self._entries.get, revisions)
+        derived = {e.key: e for e in before if e and e.dependency_versions and holds(e)}
+        outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions.values()]
+        if derived:
+            found = dict(zip(revisions, outcomes, strict=True))
+            # What one rests on may have been put after it: then it has defended nothing.
+            while again := [k for k, e in derived.items() if found[k][1] is e and not holds(e)]:
+                for key in again:
+                    found[key] = put(revisions[key], horizon, force, replace_equal)
+            for key, replaced in derived.items():
+                found[key] = (*found[key][:2], replaced)
+            outcomes = list(found.values())
         listening = self.listeners.references
         if len(listening) > 1 or (listening and listening[0]() is not teller):
-            stored = {k: new for k, (status, new, _) in outcomes.items() if status is _STORED}
-            if stored:
-                all_of_them = len(stored) == len(revisions)
-                self.listeners.revised(revisions if all_of_them else stored, teller)
-        return list(outcomes.values())
+            stored = [new for status, new, _ in outcomes if status is _STORED]
+            all_of_them = len(stored) == len(revisions)
+            changes = revisions if all_of_them else {new.key: new for new in stored}
+            if changes:
+                self.listeners.revised(changes, teller)
+        return outcomes
 
     def weigh(
         self,
@@ -541,7 +545,7 @@ class EntryStore:
             self.listeners.revised(revisions, teller)
         return True
 
-    def _put(self, horizon: float, force: bool, replace_equal: bool, revision: Revision) -> Outcome:
+    def _put(self, revision: Revision, horizon: float, force: bool, replace_equal: bool) -> Outcome:
         entries = self._entries
         previous = current = entries.get(revision.key)
         if current is not None:
