@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 
-from coalestra.adapters import (
-    CallableBatchSource,
-    CallableDerivedSource,
-    CallableSource,
-)
+from coalestra.adapters import CallableBatchSource, CallableDerivedSource, CallableSource
 from coalestra.core.health import SourceTimeoutGuaranteeStatus, inspect_source_timeout_guarantee
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import BatchSnapshotSource, DerivedSource, SnapshotSource

@@ -29,10 +29,7 @@ def session(shop: Workshop) -> Subjects:
                 await current.resolve(keys[stage])
             await current.revalidate(keys[_STAGES[-1]], force_refresh=True)
 
-    return {
-        OURS: shop.timed(ours),
-        FLOOR: shop.timed_blocking(lambda: in_stages(entries, keys)),
-    }
+    return {OURS: shop.timed(ours), FLOOR: shop.timed_blocking(lambda: in_stages(entries, keys))}
 
 
 def in_stages(entries: plain.Entries, keys: list[ResourceKey]) -> dict[ResourceKey, plain.Record]:

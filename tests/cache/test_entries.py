@@ -182,7 +182,8 @@ def test_each_derived_entry_is_walked_once_however_many_are_asked_for() -> None:
         store.put(each)
     keys = [numbered(number) for number in range(500)]
     for key in keys:
-        last = _counted(revision_of(key, rests_on=[last]))
+        last = revision_of(key, rests_on=[last])
+        last.dependency_versions = CountedVersions(last.dependency_versions)
         store.put(last)
     CountedVersions.walks = 0
     for key, old in zip(keys, expired, strict=True):
@@ -193,11 +194,6 @@ def test_each_derived_entry_is_walked_once_however_many_are_asked_for() -> None:
     for key in reversed(keys):
         assert store.find(key, NOW, POLICY) is None
     assert CountedVersions.walks == 1_000
-
-
-def _counted(revision: Revision) -> Revision:
-    revision.dependency_versions = CountedVersions(revision.dependency_versions)
-    return revision
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -68,14 +68,6 @@ async def finish(copies: PayloadCopies, gate: ThreadGate) -> None:
     assert (copies.active, copies.health().waiting_for_capacity) == (0, 0)
 
 
-def as_the_next_turn_comes(copies: PayloadCopies, strike: Callable[[], object]) -> None:
-    """Call ``strike`` once a waiter has been given the slot, before it can go on."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
-    waiting = copies.health().waiting_for_capacity
-    loop.interrupt_when(lambda: copies.health().waiting_for_capacity < waiting, strike)
-
-
 async def test_a_deadline_ends_the_wait_for_a_running_copy() -> None:
     """The waiter leaves in time; the slot is free only when the thread has ended."""
     gate, copies = ThreadGate(), PayloadCopies("builder", max_concurrency=1)
@@ -162,7 +154,9 @@ class TestClosing:
         await settle()
         second = start(copies, Held(late))
         await settle()
-        as_the_next_turn_comes(copies, copies.close)
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.interrupt_when(lambda: not copies.health().waiting_for_capacity, copies.close)
         gate.open()
         await first
         with pytest.raises(PayloadCopySubsystemClosedError):

@@ -28,11 +28,6 @@ async def outcome(task: asyncio.Task[Any]) -> str:
 # Somebody else's cancellation ------------------------------------------------------------------
 
 
-async def cut_off_at(when: float) -> None:
-    with CutOff(when):
-        await asyncio.sleep(10)
-
-
 @pytest.mark.parametrize("outside_first", [True, False])
 @pytest.mark.parametrize("arrives", [False, True], ids=["waits on", "is about to go on"])
 async def test_a_cancellation_in_its_step_is_not_lost(arrives: bool, outside_first: bool) -> None:
@@ -79,7 +74,8 @@ async def test_a_cancellation_asked_for_earlier_and_caught_is_not_taken_for_a_ne
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:
-            await cut_off_at(soon(1))
+            with CutOff(soon(1)):
+                await asyncio.sleep(10)
 
     task = await begun(work())
     task.cancel()

@@ -238,8 +238,8 @@ def test_without_an_earlier_snapshot_no_counter_is_judged() -> None:
     assert (verdict.severity, verdict.baseline_used) == (HEALTHY, False)
 
 
-def everything_at_once() -> BuilderHealth:
-    return health(
+def test_findings_come_in_one_order_and_every_reason_has_its_place() -> None:
+    everything_at_once = health(
         closed=True, unsafe_blocking_source_count=1,
         observability_buffers={"events": Buffer(10, worker_alive=False)},
         payload_copy_shutdown_incomplete=True, observability_shutdown_incomplete=True,
@@ -248,10 +248,7 @@ def everything_at_once() -> BuilderHealth:
         circuits={Identity("b"): Circuit(State.HALF_OPEN), Identity("a"): Circuit(State.OPEN)},
         sources={"c": Slow(3)}, cache_left_alone=True, **{counter: 5 for counter, _ in GROWTH},
     )  # fmt: skip
-
-
-def test_findings_come_in_one_order_and_every_reason_has_its_place() -> None:
-    verdict = everything_at_once().assess(previous=health())
+    verdict = everything_at_once.assess(previous=health())
     assert verdict.reasons == (
         Reason.BUILDER_CLOSED, Reason.UNSAFE_BLOCKING_SOURCE, Reason.OBSERVABILITY_WORKER_STOPPED,
         Reason.PAYLOAD_COPY_SHUTDOWN_INCOMPLETE, Reason.OBSERVABILITY_SHUTDOWN_INCOMPLETE,

@@ -11,11 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from coalestra.core.errors import (
-    SourceFailure,
-    folded_message,
-    message_of,
-)
+from coalestra.core.errors import SourceFailure, folded_message, message_of
 from tests.support.running import without_collector
 
 

@@ -30,9 +30,7 @@ from coalestra import (
     SourceResiliencePolicy,
 )
 from coalestra.concurrency.pace import Pace
-from coalestra.core.protocols import (
-    LeasedLookup,
-)
+from coalestra.core.protocols import LeasedLookup
 from coalestra.redis import (
     MessagePackCodec,
     RedisCache,
