@@ -103,6 +103,9 @@ Figures = Iterable[tuple[tuple[str, ...], float | None]]
 Read = Callable[[BuilderHealth], Figures]
 
 
+Merged = Literal["livesum", "livemax", "max"]
+
+
 class Fact(NamedTuple):
     """One figure of health; a counter if its name ends in ``_total``.
 
@@ -114,7 +117,7 @@ class Fact(NamedTuple):
     description: str
     read: Read
     labels: tuple[str, ...]
-    merged: Literal["livesum", "livemax", "max"]
+    merged: Merged
 
     @property
     def counts(self) -> bool:
@@ -183,11 +186,7 @@ _NAMED_BY: Final = {
 
 
 def fact(
-    name: str,
-    description: str,
-    figure: str | Read,
-    *labels: str,
-    merged: Literal["livesum", "livemax", "max"] = "livesum",
+    name: str, description: str, figure: str | Read, *labels: str, merged: Merged = "livesum"
 ) -> Fact:
     """Return a fact of a figure of the builder, or of each of what it keeps by name."""
     if not isinstance(figure, str):

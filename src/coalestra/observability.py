@@ -440,8 +440,7 @@ class InMemoryMetrics:
         )
 
     def __repr__(self) -> str:
-        kept = self.snapshot()
-        counters, observed = len(kept.counters), len(kept.observations)
+        counters, observed = len(self._counters), len(self._observations)
         return f"<{type(self).__name__} counters={counters} observations={observed}>"
 
 

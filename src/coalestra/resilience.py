@@ -167,6 +167,8 @@ class CircuitSnapshot:
         return self.count if self.state is _HALF_OPEN else 0
 
 
+_Call = tuple[CircuitIdentity, CircuitBreakerPolicy]
+
 # One circuit: the table above --------------------------------------------------------------------
 
 
@@ -455,7 +457,7 @@ class CircuitBreaker:
         ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that returned something fresh: the count of failures begins anew."""
-        self._record(Outcome.SUCCESS, source, key, policy, ticket)
+        self._record(Outcome.SUCCESS, self._resolve(source, key, policy), ticket)
 
     async def record_failure(
         self,
@@ -466,7 +468,7 @@ class CircuitBreaker:
         ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that failed, once for all its retries; a failed probe reopens."""
-        self._record(Outcome.FAILURE, source, key, policy, ticket)
+        self._record(Outcome.FAILURE, self._resolve(source, key, policy), ticket)
 
     async def record_abandoned(
         self,
@@ -477,7 +479,7 @@ class CircuitBreaker:
         ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that was cancelled under way: a probe so ended reopens the circuit."""
-        self._record(Outcome.ABANDONED, source, key, policy, ticket)
+        self._record(Outcome.ABANDONED, self._resolve(source, key, policy), ticket)
 
     async def record_skipped(
         self,
@@ -488,7 +490,7 @@ class CircuitBreaker:
         ticket: CircuitIdentity | None = None,
     ) -> None:
         """Report a call that was not made after all: the probe is free for another call."""
-        self._record(Outcome.SKIPPED, source, key, policy, ticket)
+        self._record(Outcome.SKIPPED, self._resolve(source, key, policy), ticket)
 
     async def reset(
         self,
@@ -511,15 +513,8 @@ class CircuitBreaker:
         now = checked(self.clock).monotonic()
         return MappingProxyType({name: each.view(now) for name, each in self.circuits.items()})
 
-    def _record(
-        self,
-        outcome: Outcome,
-        source: str,
-        key: ResourceKey | None,
-        policy: CircuitBreakerPolicy | None,
-        ticket: CircuitIdentity | None,
-    ) -> None:
-        identity, chosen = self._resolve(source, key, policy)
+    def _record(self, outcome: Outcome, call: _Call, ticket: CircuitIdentity | None) -> None:
+        identity, chosen = call
         known = self._turns_of_task().pop(identity, None)
         self.report(identity, outcome, chosen, known if ticket is None else ticket.turn)
 
@@ -530,7 +525,7 @@ class CircuitBreaker:
 
     def _resolve(
         self, source: str, key: ResourceKey | None, policy: CircuitBreakerPolicy | None
-    ) -> tuple[CircuitIdentity, CircuitBreakerPolicy]:
+    ) -> _Call:
         validation.text("source", source)
         validation.instance("key", key, ResourceKey, optional=True)
         validation.instance("policy", policy, CircuitBreakerPolicy, optional=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -86,19 +86,17 @@ def record(kind: Any = None, **options: Any) -> Any:
     kind = dataclass(frozen=True, slots=True, **options)(kind)
     names = {each.name for each in fields(kind)}
 
-    def refuse(done: str) -> Callable[..., None]:
+    def refuse(method: str, done: str) -> None:
         def change(self: Any, name: str, *value: Any) -> None:
             if type(self) is kind or name in names:
                 raise FrozenInstanceError(f"cannot {done} field {name!r}")
-            getattr(super(kind, self), change.__name__)(name, *value)
+            getattr(super(kind, self), method)(name, *value)
 
-        return change
-
-    for method, done in (("__setattr__", "assign to"), ("__delattr__", "delete")):
-        change = refuse(done)
-        change.__name__ = method
-        change.__qualname__ = f"{kind.__qualname__}.{method}"
+        change.__name__, change.__qualname__ = method, f"{kind.__qualname__}.{method}"
         setattr(kind, method, change)
+
+    refuse("__setattr__", "assign to")
+    refuse("__delattr__", "delete")
     kind.__getstate__, kind.__setstate__ = _state_of, _restore
     return kind
 

@@ -636,12 +636,7 @@ def _crowds(health: BuilderHealth, policy: BuilderHealthAssessmentPolicy) -> _Fi
 
 
 def _waiting(
-    reason: BuilderHealthReason,
-    metric: str,
-    waiting: int,
-    loads: _Loads,
-    degraded: int,
-    critical: float,
+    reason: _Reason, metric: str, waiting: int, loads: _Loads, degraded: int, critical: float
 ) -> _Findings:
     """Degraded from a number of waiters on; critical once one limiter has many for its limit.
 

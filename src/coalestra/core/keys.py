@@ -103,13 +103,7 @@ LEGACY_KEY_NORMALIZER = KeyNormalizer(
 )
 """Names in lower case, subjects in upper case, values of qualifiers as they are."""
 
-CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(
-    namespace=stripped_casefold,
-    name=stripped_casefold,
-    subject=stripped_casefold,
-    qualifier_name=stripped_casefold,
-    qualifier_value=stripped_casefold,
-)
+CASE_INSENSITIVE_KEY_NORMALIZER = KeyNormalizer(*(stripped_casefold,) * 5)
 """Makes keys equal that differ in case only, in whichever part."""
 
 AS_IT_IS = KeyNormalizer(str, str, str, str, str)
@@ -128,6 +122,10 @@ _PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-~"
 _ENCODED = ["+" if b == 32 else chr(b) if b in _PLAIN else f"%{b:02X}" for b in range(256)]
 
 
+_Pairs = tuple[tuple[str, str], ...]
+_Parts = tuple[str, str, str, _Pairs]
+
+
 class _Kept:
     """What a key keeps besides its fields, so that nothing is worked out twice."""
 
@@ -136,7 +134,7 @@ class _Kept:
     _display: str
     _hash: int
     _normalizer: KeyNormalizer
-    _parts: tuple[str, str, str, tuple[tuple[str, str], ...]]
+    _parts: _Parts
     _text: str | None
 
 
@@ -317,11 +315,7 @@ _NAMES = (*ResourceKey.__slots__, "_parts", "_hash", "_text", "_normalizer")
 _SLOTS: Any = tuple(getattr(ResourceKey, name).__set__ for name in _NAMES)
 
 
-def _fill(
-    key: ResourceKey,
-    parts: tuple[str, str, str, tuple[tuple[str, str], ...]],
-    normalizer: KeyNormalizer,
-) -> None:
+def _fill(key: ResourceKey, parts: _Parts, normalizer: KeyNormalizer) -> None:
     hashed = hash(parts)
     if FREE_THREADED:
         for write, fact in zip(_SLOTS, (*parts, parts, hashed, None, normalizer), strict=True):
@@ -337,11 +331,7 @@ def _fill(
 
 
 def _restored(
-    namespace: str,
-    name: str,
-    subject: str,
-    qualifiers: tuple[tuple[str, str], ...],
-    normalizer: KeyNormalizer,
+    namespace: str, name: str, subject: str, qualifiers: _Pairs, normalizer: KeyNormalizer
 ) -> ResourceKey:
     key = object.__new__(ResourceKey)
     _fill(key, (namespace, name, subject, qualifiers), normalizer)
@@ -361,9 +351,7 @@ def _quoted(text: str) -> str:
     return "".join(map(_ENCODED.__getitem__, text.encode("utf-8", "surrogatepass")))
 
 
-def _sorted_pairs(
-    qualifiers: QualifierInput, normalizer: KeyNormalizer
-) -> tuple[tuple[str, str], ...]:
+def _sorted_pairs(qualifiers: QualifierInput, normalizer: KeyNormalizer) -> _Pairs:
     found: dict[str, str] = {}
     only_strips = normalizer is PRESERVE_KEY_NORMALIZER
     for given, plain in _given_pairs(qualifiers):

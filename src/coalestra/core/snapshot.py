@@ -301,7 +301,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
             counted = vars(self).get("_counted")
             if name != "diagnostics" or counted is None:
                 raise AttributeError(f"a snapshot has no attribute {name!r}", name=name, obj=self)
-            diagnostics = vars(self)[name] = _diagnosed(counted, self.resources, self.errors)
+            diagnostics = vars(self)[name] = _diagnosed(self, counted)
             return diagnostics
 
     def __repr__(self) -> str:
@@ -310,21 +310,17 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
         return f"Snapshot(snapshot_id={self.snapshot_id!r}, {counts}, stale={stale})"
 
 
-def _diagnosed(
-    counted: Mapping[str, Any],
-    values: Mapping[ResourceKey, SnapshotValue[Any]],
-    errors: Mapping[ResourceKey, Exception],
-) -> SnapshotDiagnostics:
-    observed = [value.observed_at for value in values.values()]
+def _diagnosed(snapshot: Snapshot, counted: Mapping[str, Any]) -> SnapshotDiagnostics:
+    resolved, failed = len(snapshot.resources), len(snapshot.errors)
+    observed = [value.observed_at for value in snapshot.resources.values()]
     skew = max(observed) - min(observed) if observed else 0.0
-    stale = [value.stale for value in values.values()].count(True)
     facts = {
         **_NOTHING_COUNTED,
-        "requested_resources": len(values) + len(errors),
-        "resolved_resources": len(values),
-        "failed_resources": len(errors),
+        "requested_resources": resolved + failed,
+        "resolved_resources": resolved,
+        "failed_resources": failed,
         **counted,
-        "stale_values": stale,
+        "stale_values": len(snapshot.stale_keys),
         "observation_skew_ms": skew * 1000,
     }
     facts.update((name, frozen(facts[name])) for name in _BY_SOURCE)
