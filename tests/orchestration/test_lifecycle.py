@@ -17,6 +17,7 @@ from coalestra import (
     CircuitBreakerPolicy,
     FetchContext,
     FreshnessPolicy,
+    InMemoryMetrics,
     ObservabilityShutdownTimeoutError,
     PayloadCopyShutdownTimeoutError,
     RefreshMode,
@@ -32,7 +33,7 @@ from coalestra.concurrency import pace
 from coalestra.orchestration import singleflight
 from coalestra.orchestration.flights import Work
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import LASTING, ONCE, Single, builder, key
+from tests.orchestration.scripted import LASTING, ONCE, Batch, Single, builder, key
 from tests.orchestration.stock import Stock
 from tests.support import Gate, ManualClock, ThreadGate, begun, drop, no_leaks, run_virtual, settle
 from tests.support.elsewhere import in_a_child, needs_fork
@@ -443,6 +444,32 @@ def test_a_custom_cache_that_hung_on_the_first_loop_works_on_the_next(kind: str)
 
     assert run_virtual(read()) == "1"
     asyncio.run(building.aclose())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_answer_whose_copying_was_dropped_with_its_loop_is_no_failure_of_its_source() -> None:
+    """The collector ends what the loop has left, when the builder has long gone on."""
+    gate, metrics = ThreadGate(), InMemoryMetrics()
+
+    class Payload:
+        def __deepcopy__(self, memo: object) -> Payload:
+            gate.pass_()
+            return self
+
+    source = Batch("k", answer=lambda _: Payload())
+    building = made(source, metrics=metrics, run_payload_copies_in_thread=True)
+    left_on_a_loop(reading(building), steps=50)
+    gate.wait_arrived()
+    gate.open()
+
+    async def read() -> None:
+        await building.build([K])
+        gc.collect()
+        await no_leaks(building)
+        await building.aclose()
+
+    run_virtual(read())
+    assert not metrics.counter("source_fetch_total", source="k", status="failure")
 
 
 @pytest.mark.parametrize("kind", ["run", "dropped"])

@@ -1447,16 +1447,17 @@ class Call:
                 task.cancel()
 
     async def _copy_each(self, pairs: Iterator[tuple[Flight, Any]]) -> None:
-        copies = self.parts.copies
+        copies, this = self.parts.copies, running_task()
         for flight, value in pairs:
             if flight.call is not self:
                 continue
             try:
                 payload = value.value if type(value) is SourcePayload else value
                 sealed = await copies.seal(payload, context=self.link.context)
-            except asyncio.CancelledError:
-                raise
             except BaseException as error:
+                # The collector ends what its loop has left, while another task runs or none.
+                if issubclass(type(error), asyncio.CancelledError) or running_task() is not this:
+                    raise
                 self._refuse_value(flight, error)
             else:
                 self._hand_over(flight, value, sealed)
