@@ -46,7 +46,7 @@ def run_page(page: Page) -> int:
     """
     ran = 0
     printed = io.StringIO()
-    with _namespace() as namespace:
+    with namespace() as variables:
         for block in page.blocks:
             if block.is_output:
                 _compare(page, block, printed.getvalue())
@@ -56,13 +56,13 @@ def run_page(page: Page) -> int:
                 source = "\n" * (block.line - 1) + block.text
                 code = compile(source, str(page.path), "exec")
                 with contextlib.redirect_stdout(printed):
-                    exec(code, namespace)
+                    exec(code, variables)
                 ran += 1
     return ran
 
 
 @contextlib.contextmanager
-def _namespace() -> Iterator[dict[str, object]]:
+def namespace() -> Iterator[dict[str, object]]:
     """The globals of a fresh module, known to the import system as long as the page runs."""
     module = types.ModuleType("documentation_page")
     sys.modules[module.__name__] = module

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
-import types
 
 import pytest
 
 from tests.docs.pages import ROOT, page_of
+from tests.docs.running import namespace
 from tests.redis.servers import Server
 
 PAGE = ROOT / "docs" / "how-to" / "share-between-processes.md"
@@ -17,16 +16,12 @@ PAGE = ROOT / "docs" / "how-to" / "share-between-processes.md"
 pytestmark = pytest.mark.server
 
 
-def test_the_code_of_the_page_runs_and_prints_what_is_shown(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_code_of_the_page_runs_and_prints_what_is_shown(server: Server) -> None:
     page = page_of(PAGE, PAGE.read_text(encoding="utf-8"))
     code = [block.text for block in page.blocks if block.language == "python"]
     printed = io.StringIO()
-    module = types.ModuleType("page_about_sharing")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), namespace() as variables:
         source = "\n".join(code).replace("redis://localhost:6379", server.url)
-        exec(compile(source, str(PAGE), "exec"), vars(module))
+        exec(compile(source, str(PAGE), "exec"), variables)
     shown = [block.text for block in page.blocks if block.language == "text"]
     assert printed.getvalue() in shown
