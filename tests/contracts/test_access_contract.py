@@ -213,6 +213,26 @@ async def test_leases_given_back_before_a_publication_come_back_though_it_is_can
     assert not cache.leased
 
 
+async def test_a_cache_cannot_take_from_the_library_the_leases_that_it_failed_to_take_back() -> (
+    None
+):
+    told: list[tuple[str, str]] = []
+
+    class Draining(LeasingCache):
+        async def release_many(self, leases: Any, *, failed: bool = False) -> None:
+            while isinstance(leases, list) and leases:
+                leases.pop()
+            raise ConnectionError("away")
+
+    def failed(operation: str, error: Exception) -> None:
+        told.append((operation, str(error)))
+
+    access = CacheAccess(Draining(), PayloadCopies("test"), 4, ObservationPolicy(), failed)
+    access.give_back(Lease(A, "one"), failed=True)
+    await access.drain(1.0)
+    assert told == [("write", "away")]
+
+
 async def test_a_value_refused_under_a_lease_that_has_ended_is_nothing_that_is_held() -> None:
     """Nothing else may be there: who has begun later would be told that it was published."""
 

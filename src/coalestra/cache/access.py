@@ -1135,7 +1135,7 @@ class CacheAccess:
 
     async def _release(self, given: Mapping[Lease, bool]) -> None:
         for failed in (False, True):
-            leases = [lease for lease, value in given.items() if value is failed]
+            leases = tuple([lease for lease, value in given.items() if value is failed])
             if leases:
                 try:
                     release = partial(self.calls.cache.release_many, leases, failed=failed)
