@@ -503,11 +503,8 @@ class BufferedSink(Generic[S, R]):
 
     _kind: ClassVar[str]
     _methods: ClassVar[tuple[str, ...]]
-
-    @staticmethod
-    def _replay(downstream: Any, record: Any) -> None:
-        """Give a record to the sink behind this one."""
-        raise NotImplementedError
+    _replay: ClassVar[Any]
+    """Gives a record to the sink behind this one."""
 
     def __init__(
         self,

@@ -65,9 +65,8 @@ _ATTRIBUTES: Final[Mapping[str, str]] = {
 
 
 def _attributes(facts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    known = _ATTRIBUTES
     return {
-        known.get(name) or f"coalestra.{name}": (
+        _ATTRIBUTES.get(name) or f"coalestra.{name}": (
             readable(str.__str__(value)) if isinstance(value, str) else value
         )
         for name, value in facts

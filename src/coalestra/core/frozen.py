@@ -74,15 +74,19 @@ else:
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def record(kind: Any = None, **options: Any) -> Any:
+def record(kind: Any = None, *, final: bool = False, **options: Any) -> Any:
     """Make a class a frozen dataclass with slots; every change is a `FrozenInstanceError`.
 
     What `dataclasses` makes of the two raises `TypeError` for a name that is no field, and
     ``Model[int](...)`` sets one: before Python 3.13 it forgives an `AttributeError` only, which
     `FrozenInstanceError` is.
+
+    From one that is ``final`` nothing can be derived. Its instances are shared between readers on
+    the promise that they cannot change, and may be built by a draft of their own layout: a subclass
+    could keep neither.
     """
     if kind is None:
-        return partial(record, **options)
+        return partial(record, final=final, **options)
     kind = dataclass(frozen=True, slots=True, **options)(kind)
     names = {each.name for each in fields(kind)}
 
@@ -98,7 +102,13 @@ def record(kind: Any = None, **options: Any) -> Any:
     refuse("__setattr__", "assign to")
     refuse("__delattr__", "delete")
     kind.__getstate__, kind.__setstate__ = _state_of, _restore
+    if final:
+        kind.__init_subclass__ = staticmethod(partial(_refuse_subclass, kind.__name__))
     return kind
+
+
+def _refuse_subclass(kind: str) -> NoReturn:
+    raise TypeError(f"{kind} is final and cannot be subclassed; wrap it instead")
 
 
 def _state_of(self: Any) -> Any:
@@ -144,12 +154,3 @@ def draft_of(kind: type[Any]) -> type[Any]:
     if "__orig_bases__" in vars(kind):
         namespace["__orig_bases__"] = vars(kind)["__orig_bases__"]
     return type(f"_{kind.__name__}Draft", kind.__bases__, namespace)
-
-
-def refuse_subclass(kind: str) -> NoReturn:
-    """Raise for an attempt to derive from a final type.
-
-    Its instances are shared between readers on the promise that they cannot change, and are built
-    by a draft of their own layout: a subclass could keep neither.
-    """
-    raise TypeError(f"{kind} is final and cannot be subclassed; wrap it instead")

@@ -16,7 +16,7 @@ from dataclasses import KW_ONLY, InitVar, fields
 from typing import TYPE_CHECKING, Any, final
 
 from coalestra.core import validation
-from coalestra.core.frozen import FREE_THREADED, draft_of, record, refuse_subclass
+from coalestra.core.frozen import FREE_THREADED, draft_of, record
 
 __all__ = [
     "CASE_INSENSITIVE_KEY_NORMALIZER", "LEGACY_KEY_NORMALIZER", "PRESERVE_KEY_NORMALIZER",
@@ -139,7 +139,7 @@ class _Kept:
 
 
 @final
-@record(order=True, init=False, repr=False)
+@record(final=True, order=True, init=False, repr=False)
 class ResourceKey(_Kept):
     """The identity of a resource: immutable, hashable, ordered by its fields.
 
@@ -301,9 +301,6 @@ class ResourceKey(_Kept):
     def __reduce__(self) -> tuple[Any, ...]:
         # Neither normalized again nor with its hash, which differs from process to process.
         return _restored, (*self._parts, self._normalizer)
-
-    def __init_subclass__(cls) -> None:
-        refuse_subclass("ResourceKey")
 
 
 # These are no attributes, and Python 3.10 cannot read them as types.

@@ -6,21 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from coalestra.core import validation
 from coalestra.core.errors import described_error
 from coalestra.core.frozen import EMPTY, FrozenDict, filled, frozen
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.trace import Obtained, Trace, told_error, told_state, told_value
-from coalestra.core.validation import (
-    a_kind_of,
-    concealed,
-    flag,
-    instance,
-    mapping,
-    number,
-    text,
-    wrong_type,
-)
+from coalestra.core.validation import a_kind_of, concealed, flag, instance, mapping, number, text
 from coalestra.core.values import SnapshotValue
 
 __all__ = ["FetchContext", "Snapshot", "SnapshotDiagnostics"]
@@ -209,7 +201,7 @@ class Snapshot(Mapping[ResourceKey, SnapshotValue[Any]]):
             fits = expected_type is None or isinstance(found, expected_type)
         except TypeError as error:
             rule, remedy = "a type, or several of them", "leave out what a type is parametrized by"
-            raise wrong_type("expected_type", rule, expected_type, remedy) from error
+            raise validation.wrong_type("expected_type", rule, expected_type, remedy) from error
         if not fits:
             raise TypeError(  # the payload itself is nobody's business
                 f"value of {key.display} must be {a_kind_of(expected_type)}, got one of type "

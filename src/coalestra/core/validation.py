@@ -167,7 +167,7 @@ def a_kind_of(kinds: Any) -> str:
     """Return one or several types in words, each with its article."""
     accepted = kinds if isinstance(kinds, tuple) else (kinds,)
     names = [getattr(kind, "__name__", str(kind)) for kind in accepted]
-    return " or ".join(f"{_article(name)} {name}" for name in names)
+    return " or ".join(f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}" for name in names)
 
 
 def mapping(name: str, value: object, *, optional: bool = False) -> Mapping[Any, Any]:
@@ -240,9 +240,7 @@ def is_coroutine_function(function: Any) -> bool:
         function = function.func
     if type(getattr(getattr(function, "__code__", None), "co_flags", 0)) is not int:
         return False  # it stands in for a function, as mocks do, and inspect believes all flags set
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        type(function).__call__
-    )
+    return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
 def concealed(record: Any, *payloads: str) -> str:
@@ -281,9 +279,7 @@ def choice(name: str, value: object, kind: type[E]) -> E:
     if isinstance(value, kind):
         return value
     members = ", ".join(str(member.name) for member in kind)
-    raise wrong_type(
-        name, f"{_article(kind.__name__)} {kind.__name__}", value, f"choose from {members}"
-    )
+    raise wrong_type(name, a_kind_of(kind), value, f"choose from {members}")
 
 
 def _is_real(value: object) -> bool:
@@ -307,7 +303,3 @@ def _ranged(
     ]
     rule = " ".join([noun, " and ".join(bounds)]) if bounds else noun
     return f"{rule}, or None" if optional else rule
-
-
-def _article(noun: str) -> str:
-    return "an" if noun[:1].lower() in "aeiou" else "a"

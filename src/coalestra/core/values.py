@@ -12,16 +12,7 @@ from itertools import count
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, final
 
-from coalestra.core.frozen import (
-    EMPTY,
-    FREE_THREADED,
-    FrozenDict,
-    draft_of,
-    empty,
-    frozen,
-    record,
-    refuse_subclass,
-)
+from coalestra.core.frozen import EMPTY, FREE_THREADED, FrozenDict, draft_of, empty, frozen, record
 from coalestra.core.keys import ResourceKey
 from coalestra.core.serialization import json_safe, utc_text
 from coalestra.core.validation import concealed, flag, instance, mapping, number, text
@@ -78,7 +69,7 @@ def number_of(version: str) -> int:
 
 
 @final
-@record(init=False, repr=False)
+@record(final=True, init=False, repr=False)
 class SourcePayload(Generic[T]):
     """What a source returns when it has more to say than the bare value.
 
@@ -108,9 +99,6 @@ class SourcePayload(Generic[T]):
 
     def __repr__(self) -> str:
         return concealed(self, "value", "metadata")
-
-    def __init_subclass__(cls) -> None:
-        refuse_subclass("SourcePayload")
 
 
 # A source makes one for every key: this takes half the time of ``object.__setattr__``.
@@ -265,7 +253,7 @@ _ROUNDING_SECONDS = 1e-6
 
 
 @final
-@record(repr=False)
+@record(final=True, repr=False)
 class SnapshotValue(Generic[T]):
     """A value with its provenance.
 
@@ -414,9 +402,6 @@ class SnapshotValue(Generic[T]):
         if flag("include_value", include_value):
             told |= {"value": json_safe(self.value), "metadata": json_safe(self.metadata)}
         return told
-
-    def __init_subclass__(cls) -> None:
-        refuse_subclass("SnapshotValue")
 
 
 _Draft = draft_of(SnapshotValue)
