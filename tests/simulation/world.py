@@ -409,8 +409,12 @@ class World:
         return not self.calm and self.chance.random() < 0.2
 
     def known(self) -> dict[ResourceKey, int]:
-        """Return what is known by now of base keys: they were told of, or somebody has seen it."""
-        return {k: max(number, self.seen.get(str(k), 0)) for k, number in self.floor.items()}
+        """What is known by now of base keys: they were told of, or somebody has seen it.
+
+        What a cache that fails has not stored is not seen again, nor what news outranks.
+        """
+        seen = {} if self.wild or self.ranked else self.seen
+        return {k: max(number, seen.get(str(k), 0)) for k, number in self.floor.items()}
 
     def is_absent(self, number: int) -> bool:
         """Whether there is nothing of a base key while its truth is this number."""
