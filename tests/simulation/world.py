@@ -409,7 +409,7 @@ class World:
         return not self.calm and self.chance.random() < 0.2
 
     def known(self) -> dict[ResourceKey, int]:
-        """What is known by now of base keys: they were told of, or somebody has seen it.
+        """Return what is known by now of base keys: they were told of, or somebody has seen it.
 
         What a cache that fails has not stored is not seen again, nor what news outranks.
         """
