@@ -465,18 +465,17 @@ class EntryStore:
             pairs = zip(revisions.values(), held.known, strict=True)
             return [(_STORED, new, old) for new, old in pairs]
         put, horizon, holds = self._put, now + self.tolerance, self._currency.holds
-        before = map(self._entries.get, revisions)
-        derived = {e.key: e for e in before if e and e.dependency_versions and holds(e)}
-        outcomes = [put(revision, horizon, force, replace_equal) for revision in revisions.values()]
-        if derived:
-            found = dict(zip(revisions, outcomes, strict=True))
-            # What one rests on may have been put after it: then it has defended nothing.
-            while again := [k for k, e in derived.items() if found[k][1] is e and not holds(e)]:
-                for key in again:
-                    found[key] = put(revisions[key], horizon, force, replace_equal)
-            for key, replaced in derived.items():
-                found[key] = (*found[key][:2], replaced)
-            outcomes = list(found.values())
+        before, offered = map(self._entries.get, revisions), list(revisions.values())
+        # By place, as asking keys for their hash would take longer than all else.
+        derived = {n: e for n, e in enumerate(before) if e and e.dependency_versions and holds(e)}
+        outcomes = [put(revision, horizon, force, replace_equal) for revision in offered]
+        # What one rests on may have been put after it: then it has defended nothing.
+        while again := [n for n, e in derived.items() if outcomes[n][1] is e and not holds(e)]:
+            for n in again:
+                outcomes[n] = put(offered[n], horizon, force, replace_equal)
+        for n, replaced in derived.items():
+            if outcomes[n][2] is not replaced:
+                outcomes[n] = (*outcomes[n][:2], replaced)
         listening = self.listeners.references
         if len(listening) > 1 or (listening and listening[0]() is not teller):
             stored = [new for status, new, _ in outcomes if status is _STORED]
