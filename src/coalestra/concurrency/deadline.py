@@ -188,14 +188,12 @@ class CutOff:
         self.expired: bool = False
         self._left = False
 
-    def move(self, when: float | None) -> bool:
-        """Set another time, or none; return False if it comes too late to matter."""
-        if self.expired or self._left:
-            return False
-        self.when = when
-        if self._cancellation is not None:
-            self._arm()
-        return True
+    def move(self, when: float | None) -> None:
+        """Set another time, or none, unless the time is up."""
+        if not self.expired:
+            self.when = when
+            if self._cancellation is not None:
+                self._arm()
 
     def _arm(self) -> None:
         if self._handle is not None:
