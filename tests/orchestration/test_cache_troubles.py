@@ -68,6 +68,7 @@ from tests.support import (
     LoopClock,
     ManualClock,
     Panic,
+    VirtualLoop,
     begun,
     cancel_at_every_await,
     drop,
@@ -441,6 +442,23 @@ async def test_a_slow_write_holds_no_value_back_and_its_value_counts_as_cached(k
     await asyncio.sleep(1)
     assert (await shop.builder.build([TOP]))[TOP].version == first.version
     assert {BASE, MIDDLE, TOP} <= set(cache.held)
+
+
+@KINDS
+async def test_a_cache_that_never_waits_is_not_slow_because_the_machine_is(kind: Kind) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    be_busy = loop.be_busy
+
+    class Busy(kind):  # type: ignore[misc, valid-type]
+        async def _travel(self, call: str) -> None:
+            be_busy(0.1)
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    cache = Busy()
+    await builder(Batch("b"), cache=cache).build(KEYS)
+    assert set(cache.held) == set(KEYS)
 
 
 @pytest.mark.parametrize("kind", [*FOREIGN, LeasingCache], ids=lambda kind: kind.__name__)

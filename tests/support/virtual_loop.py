@@ -120,6 +120,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual_now
 
+    def be_busy(self, seconds: float) -> None:
+        """Let time pass within this very step, as if it took so long."""
+        self._virtual_now += seconds
+
     # The three signatures of asyncio that follow need a TypeVarTuple, which Python 3.10 has not.
 
     def call_soon(  # type: ignore[override]

@@ -41,6 +41,8 @@ SHARE = 0.5
 """How much of the time that a reader has left the cache may take."""
 _QUICK_SECONDS = 0.01
 """What a cache that has stored within so long says of the write order is waited for."""
+_STEPS_OF_GRACE = 16
+"""So often the loop goes round besides: a busy one may be late, and the cache not slow at all."""
 _ANSWERS_BETWEEN_LOOKS = 32
 _ANSWERS_AT_ONCE = 1_024
 
@@ -308,9 +310,13 @@ class CacheWrites:
         settled = flight.settlement is not None
         return self.parts.access.holds(revision) if settled else self.fit(flight)
 
-    def _overdue(self, part: Mapping[Revision, Flight]) -> None:
-        self._slow = True
-        for revision, flight in part.items():
+    def _overdue(self, part: Mapping[Revision, Flight], grace: int = _STEPS_OF_GRACE) -> None:
+        late = [each for each in part.items() if each[1].settlement is None]
+        if late and grace:
+            asyncio.get_running_loop().call_soon(self._overdue, part, grace - 1)
+            return
+        self._slow |= bool(late)
+        for revision, flight in late:
             if flight.settlement is None and self.fit(flight):
                 self._settle(flight, revision)
 
