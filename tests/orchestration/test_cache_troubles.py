@@ -298,6 +298,7 @@ async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not()
     patient = await begun(building.build([key("k")]), gate)
     hasty = await building.build([key("k")], deadline_seconds=0.5)
     assert hasty.value(key("k")) == ""
+    assert (await building.build([key("k")])).value(key("k")) == "", "known since"
     gate.open()
     assert (await patient).value(key("k")) == "cached"
     await building.aclose()

@@ -122,6 +122,10 @@ class CacheReads:
         for group in self._groups:
             group.changed.update(changes)
 
+    def part_with(self, key: ResourceKey) -> None:
+        """Keep newcomers from sharing a read that began before the latest value of a key."""
+        self._open.pop(key, None)
+
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:
             if gather in read.waiters:

@@ -1317,6 +1317,8 @@ class SingleFlight:
         if flight.phase is _SETTLED:
             return
         waiters = self.board.take_off(flight, settlement)
+        if type(settlement) is Reading:
+            self.reads.part_with(flight.key)
         if flight.log is not None:
             flight.log.waits.end()
             for gather in waiters:
