@@ -288,25 +288,38 @@ class CacheCalls:
         items = dict(zip(keys, keys, strict=True))
         return (await self._ask("invalidate", items, {}, insist=insist))[1]
 
-    async def once(
+    async def call(
         self,
         operation: str,
         call: Callable[[], Awaitable[_T]],
         *,
-        patient: bool = False,
         insist: bool = False,
+        patient: bool = False,
     ) -> _T:
-        """Make a call for whatever number of keys; a ``patient`` one may take any time.
+        """Make a call, if the cache is not left alone; a ``patient`` one may take any time.
 
-        Raises what the cache raised, or why it was not asked.
+        Raises what the cache raised, an `Exception` in any case, or why it was not asked.
         """
-        result, error = await self._call(operation, call, insist=insist, patient=patient)
+        now, name = asyncio.get_running_loop().time, type(self.cache).__name__
+        kind = "read" if operation in _READS else "write"
+        if not (insist or self._guards_itself or self._circuits[kind].admits(now())):
+            raise CacheCircuitOpenError(
+                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is "
+                f"left alone for up to {_RECOVERY_SECONDS:g} s"
+            )
+        self._counts["calls"] += 1
+        task, error = await self.made(call, None if patient else self.seconds)
+        self._note(kind, error, now())
         if error is None:
-            return cast(_T, result)
+            return task.result()
         try:
-            raise error
+            if isinstance(error, Exception):
+                raise error
+            raise CacheUnavailableError(
+                f"{operation} of {name} ended in {type(error).__qualname__}"
+            ) from error
         finally:
-            del error  # whose traceback leads here
+            del error, task  # whose traceback leads here
 
     async def made(
         self, call: Callable[[], Awaitable[_T]], seconds: float | None
@@ -387,7 +400,7 @@ class CacheCalls:
         if self._offers_many if method == "set_if_newer" else self.carries_many:
             try:
                 name = f"{method} of many"
-                return await self.once(name, lambda: many(items.keys()), insist=insist), {}
+                return await self.call(name, lambda: many(items.keys()), insist=insist), {}
             except (CacheTimeoutError, CacheCircuitOpenError) as error:
                 errors.without_frames(error)
                 return {}, dict.fromkeys(items, error)
@@ -411,49 +424,16 @@ class CacheCalls:
             nonlocal free
             for key in rest:
                 free -= 1
-                made = partial(call, key)
-                result, error = await self._call(operation, made, insist=free >= 0)
-                if error is None:
-                    results[key] = result
-                else:
+                try:
+                    results[key] = await self.call(operation, partial(call, key), insist=free >= 0)
+                except Exception as error:
+                    errors.without_frames(error)
                     failures[key] = error
 
         workers = min(self.limit, len(items))
         await (work() if workers == 1 else asyncio.gather(*[work() for _ in range(workers)]))
         failures = {key: failures[key] for key in items if key in failures}
         return {key: results[key] for key in items if key in results}, failures
-
-    async def _call(
-        self,
-        operation: str,
-        call: Callable[[], Awaitable[_T]],
-        *,
-        insist: bool,
-        patient: bool = False,
-    ) -> tuple[_T, None] | tuple[None, Exception]:
-        """Make a call if the cache is not left alone; return what it answers, or why it failed.
-
-        Nothing is raised but the caller's own cancellation.
-        """
-        now, name = asyncio.get_running_loop().time, type(self.cache).__name__
-        kind = "read" if operation in _READS else "write"
-        if not (insist or self._guards_itself or self._circuits[kind].admits(now())):
-            return None, CacheCircuitOpenError(
-                f"{operation}: {name} failed {_FAILURES_IN_A_ROW} times in a row, and is "
-                f"left alone for up to {_RECOVERY_SECONDS:g} s"
-            )
-        self._counts["calls"] += 1
-        task, error = await self.made(call, None if patient else self.seconds)
-        self._note(kind, error, now())
-        if error is None:
-            return task.result(), None
-        if not isinstance(error, Exception):
-            cause = error
-            error = CacheUnavailableError(
-                f"{operation} of {name} ended in {type(error).__qualname__}"
-            )
-            error.__cause__ = cause
-        return None, error
 
     def _note(self, kind: str, error: BaseException | None, now: float) -> None:
         """Count how a call ended."""
@@ -600,9 +580,15 @@ _SPARE_DUE = 1000
 
 @dataclass(slots=True, eq=False)
 class Filling:
-    """One reading or writing under way, and how many changes there had been when it began."""
+    """One reading or writing under way, and the versions that keys have got since it began."""
 
-    began: int
+    changes: list[Mapping[ResourceKey, str | None]] = field(default_factory=list)
+
+    def allowed(self, revisions: Iterable[Revision]) -> list[Revision]:
+        """Return those of revisions whose keys have not changed to something else."""
+        now = {key: version for each in self.changes for key, version in each.items()}
+        self.changes = [now]
+        return [each for each in revisions if now.get(each.key, each.version) == each.version]
 
 
 class Channel:
@@ -630,9 +616,6 @@ class Channel:
         self.store: EntryStore = EntryStore(entries if self._serves else 1)
         self._cache = cache
         self._fillings: dict[Filling, None] = {}
-        # What has changed since the oldest of them began, the latest last: the how manieth change.
-        self._changed: OrderedDict[ResourceKey, tuple[int, str | None]] = OrderedDict()
-        self._changes = 0
         self._due: OrderedDict[ResourceKey, float] = OrderedDict()
         self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
         self._hears = False
@@ -678,35 +661,23 @@ class Channel:
     @contextlib.contextmanager
     def filling(self) -> Iterator[Filling]:
         """Read or write, and learn meanwhile of the changes."""
-        filling = Filling(self._changes)
+        filling = Filling()
         self._fillings[filling] = None
         try:
             yield filling
         finally:
             self._fillings.pop(filling, None)
-            oldest = next(iter(self._fillings), Filling(self._changes)).began
-            while self._changed and next(iter(self._changed.values()))[0] <= oldest:
-                self._changed.popitem(last=False)
 
     def _note(self, versions: Mapping[ResourceKey, str | None]) -> None:
         """Let those who read or write at this moment know what has changed."""
-        if self._fillings:
-            self._changes += 1
-            for key, version in versions.items():
-                self._changed[key] = self._changes, version
-                self._changed.move_to_end(key)
-
-    def _allows(self, filling: Filling, revision: Revision) -> bool:
-        """Whether a revision may still be put in."""
-        number, version = self._changed.get(revision.key, (0, None))
-        unchanged = number <= filling.began or version == revision.version
-        return unchanged and filling in self._fillings
+        for each in self._fillings:
+            each.changes.append(versions)
 
     def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
         """Keep what was read or written, unless it has changed since."""
-        if not self._serves:
+        if not self._serves or filling not in self._fillings:
             return
-        allowed = [each for each in revisions if self._allows(filling, each)]
+        allowed = filling.allowed(revisions)
         new: dict[ResourceKey, Revision] = {}
         for each in allowed:
             held = self.store.peek(each.key)
@@ -729,7 +700,8 @@ class Channel:
         if not self._serves:
             return
         stored = [current for status, current, _ in outcomes if status is _STORED]
-        self.drop({e.key: e.version if self._allows(filling, e) else None for e in stored})
+        known = {e.key: e.version for e in filling.allowed(stored) if filling in self._fillings}
+        self.drop({e.key: known.get(e.key) for e in stored})
         self.put(filling, [current for _, current, _ in outcomes])
 
     def drop(self, versions: Mapping[ResourceKey, str | None]) -> None:
@@ -1053,7 +1025,7 @@ class CacheAccess:
                 )
                 first = True
                 while rest:
-                    part = await self.calls.once("lease_many", next_part, patient=not first)
+                    part = await self.calls.call("lease_many", next_part, patient=not first)
                     if part is None:
                         break
                     first = False
@@ -1139,7 +1111,7 @@ class CacheAccess:
             if leases:
                 try:
                     release = partial(self.calls.cache.release_many, leases, failed=failed)
-                    await self.calls.once("release_many", release, insist=True)
+                    await self.calls.call("release_many", release, insist=True)
                 except Exception as error:
                     self.calls.tell("write", {leases[0].key: error})
 
@@ -1382,7 +1354,7 @@ class _Write:
         try:
             how = {"policies": terms.policies, "replace_equal": terms.replace_equal}
             fulfil = partial(self.cache.calls.cache.fulfil_many, offered, **how)
-            answers = await self.cache.calls.once("fulfil_many", fulfil, insist=True)
+            answers = await self.cache.calls.call("fulfil_many", fulfil, insist=True)
             told = {key: answers.get(key) for key in self.values}
         except Exception as error:
             errors.without_frames(error)
