@@ -8,6 +8,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from coalestra import (
@@ -17,6 +18,7 @@ from coalestra import (
     FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
+    NearCache,
     PolicyResolver,
     RefreshMode,
     ResourceAbsent,
@@ -30,7 +32,7 @@ from coalestra import (
     SourcePayload,
     SourceResiliencePolicy,
 )
-from tests.contracts.caches import LeasingCache, SingleKeyCache
+from tests.contracts.caches import FOREIGN, LeasingCache
 from tests.orchestration.scripted import Batch, Derived, Single, key
 from tests.support import Panic
 
@@ -85,26 +87,16 @@ class Pausing:
             raise self._chance.choice(TROUBLE)()
 
 
-class AwaitedCache(Pausing, SingleKeyCache):
-    """A cache with single-key methods only."""
-
-    def __init__(self, chance: random.Random, faulty: bool) -> None:
-        Pausing.__init__(self, chance, faulty)
-        SingleKeyCache.__init__(self)
-
-    async def _travel(self, call: str) -> None:
-        await self._pause()
-
-
-class JudgingCache(Pausing):
-    """A cache with every ability, which is right at every read."""
-
-    validates_dependency_versions = True
+class AwaitedCache(Pausing):
+    """A cache of one's own, of any abilities; one that judges is right at every read."""
 
     def __init__(self, chance: random.Random, faulty: bool) -> None:
         super().__init__(chance, faulty)
-        self._cache = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
-        self.validates_write_order = chance.random() < 0.5
+        few = partial(AsyncMemoryCache, max_entries=6)
+        kinds: list[Callable[[], Any]] = [*FOREIGN, AsyncMemoryCache, few]
+        self._cache = chance.choice(kinds)()
+        judges = isinstance(self._cache, AsyncMemoryCache)
+        self.validates_write_order = judges and chance.random() < 0.5
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._cache, name)
@@ -300,8 +292,9 @@ class World:
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
         kind = chance.random()
         if kind < 0.4:
-            kinds = AwaitedCache, JudgingCache, GivingLeases
-            cache = kinds[int(kind * 7.5)](chance, self.wild)
+            cache = (GivingLeases if kind < 0.1 else AwaitedCache)(chance, self.wild)
+            if chance.random() < 0.3:
+                cache = NearCache(cache, near_entries=chance.choice((3, 100)), near_seconds=1_000)
         self.ranked = isinstance(cache, AsyncMemoryCache) and chance.random() < 0.3
         circuit = chance.choice((
             CircuitBreakerPolicy(), CircuitBreakerPolicy(enabled=False),
