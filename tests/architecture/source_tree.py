@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from tests.support.running import without_collector
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "coalestra"
 
@@ -82,10 +84,10 @@ class Module:
 @cache
 def modules() -> tuple[Module, ...]:
     """Every module of the library, read and parsed once."""
-    found = tuple(Module(path) for path in sorted(PACKAGE.rglob("*.py")))
-    assert all(module.nodes for module in found)
-    gc.collect()
-    gc.freeze()  # no collection of a later test goes through the trees
+    with without_collector():
+        found = tuple(Module(path) for path in sorted(PACKAGE.rglob("*.py")))
+        assert all(module.nodes for module in found)
+        gc.freeze()  # no collection of a later test goes through the trees
     return found
 
 

@@ -81,7 +81,7 @@ def test_nobody_reaches_into_another_objects_private_names() -> None:
         f"{module.where}:{node.lineno} .{node.attr}"
         for module in modules()
         for own in [own_private_names(module)]
-        for node in ast.walk(module.tree)
+        for node in module.nodes
         if isinstance(node, ast.Attribute) and is_private(node.attr)
         if node.attr not in own
     ]
@@ -99,7 +99,7 @@ def is_self(node: ast.expr) -> bool:
 def own_private_names(module: Module) -> set[str]:
     """Every name that the module defines itself, or assigns on ``self`` or ``cls``."""
     names = {node.name for node in module.definitions()}
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names.add(node.target.id)
         elif isinstance(node, ast.Assign):

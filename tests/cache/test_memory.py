@@ -15,7 +15,7 @@ from coalestra.core.keys import ResourceKey
 from coalestra.core.policies import PolicyResolver
 from coalestra.core.values import CacheStats
 from tests.contracts.samples import NOW, POLICY, A, B, C, Slow, value_of
-from tests.support import begun, settle
+from tests.support import ThreadGate, begun, settle
 
 
 async def payload_of(cache: AsyncMemoryCache, key: ResourceKey = A) -> Any:
@@ -175,14 +175,14 @@ async def test_a_wrong_argument_is_refused_by_name(method: str, arguments: dict[
 
 
 async def test_closing_waits_for_copies_and_names_what_is_late() -> None:
-    Slow.release.clear()
+    Slow.release = ThreadGate()
     cache = AsyncMemoryCache()
     storing = await begun(cache.set(value_of(payload=Slow())))
     try:
         with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
             await cache.aclose_payload_copies(timeout_seconds=0.0)
     finally:
-        Slow.release.set()
+        Slow.release.open()
     assert caught.value.active_copies == 1
     assert dict(caught.value.active_components) == {"cache": 1}
     await asyncio.wait([storing])

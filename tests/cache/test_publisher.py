@@ -43,7 +43,7 @@ from coalestra.observability import NullEventSink, NullMetrics
 from tests.contracts.caches import AtomicCache, BatchAtomicCache, BatchCache, SingleKeyCache
 from tests.contracts.samples import NOW, POLICY, A, B, C, Slow, Witness, publisher_to, value_of
 from tests.orchestration.scripted import Single, builder, held_at
-from tests.support import Gate, ManualClock, begun, cancel_at_every_await, settle
+from tests.support import Gate, ManualClock, ThreadGate, begun, cancel_at_every_await, settle
 from tests.support.running import without_collector
 
 
@@ -84,11 +84,11 @@ async def test_with_a_foreign_cache_an_event_is_announced_before_anything_is_awa
 async def test_an_event_whose_copy_takes_long_is_announced_when_it_is_made(
     make: Callable[[], AsyncCache], told: list[str]
 ) -> None:
-    Slow.release.clear()
+    Slow.release = ThreadGate()
     witness, publisher = watched(make())
     publishing = await begun(publisher.publish(A, Slow(), source="s"))
     heard = list(witness.heard)
-    Slow.release.set()
+    Slow.release.open()
     await publishing
     assert heard == []
     assert [what for what, *_ in witness.heard] == told
@@ -96,7 +96,7 @@ async def test_an_event_whose_copy_takes_long_is_announced_when_it_is_made(
 
 @pytest.mark.parametrize("make", [AsyncMemoryCache, SingleKeyCache])
 async def test_nobody_waits_for_a_publication_being_copied(make: Callable[[], AsyncCache]) -> None:
-    Slow.release.clear()
+    Slow.release = ThreadGate()
     gate = Gate()
     building = builder(Single("price", fetch=held_at(gate, "read")), cache=make())
     before = await begun(building.build([A]))
@@ -107,7 +107,7 @@ async def test_nobody_waits_for_a_publication_being_copied(make: Callable[[], As
     gate.open()
     assert (await before).value(A) == "read"
     assert (await building.build([B])).value(B) == "read"
-    Slow.release.set()
+    Slow.release.open()
     results = await publishing
     assert results[A].published, "its call came after that reading had begun"
     assert isinstance((await building.build([A])).value(A), Slow)
@@ -127,7 +127,7 @@ class DatesOnArrival(BatchAtomicCache):
 async def test_an_event_whose_copy_takes_long_does_not_replace_a_later_one(
     make: Callable[[], AsyncCache],
 ) -> None:
-    Slow.release.clear()
+    Slow.release = ThreadGate()
     cache, clock = make(), ManualClock(NOW)
     publisher = publisher_to(cache, clock=clock)
     earlier = await begun(publisher.publish(A, Slow(), source="s"))
@@ -135,7 +135,7 @@ async def test_an_event_whose_copy_takes_long_does_not_replace_a_later_one(
     clock.advance(1)
     for key in (A, B):
         assert (await publisher.publish(key, "later", source="s")).published
-    Slow.release.set()
+    Slow.release.open()
     assert (await earlier).status is PublishStatus.IGNORED_OLDER
     assert [told.status.value for told in (await both).values()] == ["ignored_older", "published"]
     assert (await publisher.publish(A, "last", source="s")).published
@@ -239,14 +239,14 @@ async def test_what_is_read_from_and_written_to_a_cache_is_copied_side_by_side()
 
 
 async def test_closing_names_copies_that_are_late() -> None:
-    Slow.release.clear()
+    Slow.release = ThreadGate()
     publisher = publisher_to(AsyncMemoryCache())
     publishing = await begun(publisher.publish(A, Slow(), source="s"))
     try:
         with pytest.raises(PayloadCopyShutdownTimeoutError) as caught:
             await publisher.aclose(timeout_seconds=0.0)
     finally:
-        Slow.release.set()
+        Slow.release.open()
     assert dict(caught.value.active_components) == {"publisher": 1}
     await asyncio.wait([publishing])
     await settle()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from coalestra.core.policies import FreshnessPolicy, PolicyResolver
 from coalestra.core.protocols import AsyncCache
 from coalestra.core.values import Revision, SnapshotValue, next_version
 from coalestra.observability import NullEventSink, NullMetrics
-from tests.support import ManualClock
+from tests.support import ManualClock, ThreadGate
 
 NOW = 1_700_000_000.0
 POLICY = FreshnessPolicy(5.0, 30.0)
@@ -74,10 +73,10 @@ def publisher_to(cache: AsyncCache, **settings: Any) -> ResourcePublisher:
 class Slow:
     """Its copy takes as long as the test wants."""
 
-    release = threading.Event()
+    release = ThreadGate()
 
     def __deepcopy__(self, memo: Any) -> Slow:
-        assert self.release.wait(10)
+        self.release.pass_()
         return self
 
 

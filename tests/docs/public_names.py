@@ -14,9 +14,8 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
+from tests.architecture.source_tree import modules
 from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "public-api.md"
@@ -82,8 +81,8 @@ def _said_of_constants() -> dict[str, str]:
     """The strings right below assignments in the modules of the library, by name."""
     return {
         target.id: inspect.cleandoc(said)
-        for path in sorted(_home().rglob("*.py"))
-        for statement, below in pairwise(ast.parse(path.read_text(encoding="utf-8")).body)
+        for module in modules()
+        for statement, below in pairwise(module.tree.body)
         for target in _targets(statement)
         if isinstance(target, ast.Name)
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
@@ -95,11 +94,6 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
     if isinstance(statement, ast.Assign):
         return statement.targets
     return [statement.target] if isinstance(statement, ast.AnnAssign) else []
-
-
-def _home() -> Path:
-    package: ModuleType = importlib.import_module(PACKAGES[0])
-    return Path(str(package.__file__)).parent
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tests.contracts.caches import (
     BatchCache,
     LeasingCache,
     SingleKeyCache,
+    WrappedMemoryCache,
 )
 from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
@@ -63,7 +64,7 @@ async def test_sessions_pin_and_revalidate_over_any_cache(make: Make) -> None:
     assert (await shop.builder.build([TOP])).value(TOP) == ((3,),)
 
 
-@every_cache
+@pytest.mark.parametrize("make", [SingleKeyCache, BatchAtomicCache, WrappedMemoryCache])
 async def test_cancelling_a_build_at_any_await_leaves_nothing_behind(make: Make) -> None:
     shops: list[Shop] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio.constants
 import contextlib
 import gc
 import inspect
@@ -89,9 +88,10 @@ def run_virtual(
 
 def run_real(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run ``coroutine`` on a plain loop in debug mode; raise ``Leak`` if a task is left."""
-    asyncio.constants.DEBUG_STACK_DEPTH = 1  # type: ignore[misc]  # whole ones are dear
 
     async def main() -> tuple[T, list[str]]:
+        # Its futures keep no stacks, which are most of what debug mode costs; the checks stay.
+        vars(asyncio.get_running_loop())["get_debug"] = bool
         result = await coroutine
         others = asyncio.all_tasks() - {asyncio.current_task()}
         return result, [describe(task) for task in others if not task.done()]
@@ -105,7 +105,11 @@ def run_real(coroutine: Coroutine[Any, Any, T]) -> T:
 def profiled(work: Callable[[], object]) -> Counter[str]:
     """Do the work, and count what the interpreter tells of it: calls and returns, by their kind."""
     events: Counter[str] = Counter()
-    sys.setprofile(lambda _frame, event, _argument: events.update([event]))
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        events[event] += 1
+
+    sys.setprofile(count)
     try:
         work()
     finally:
@@ -115,12 +119,16 @@ def profiled(work: Callable[[], object]) -> Counter[str]:
 
 async def lines_run(module: ModuleType, work: Awaitable[object]) -> int:
     """Do the work, and count the lines of a module that are run: what grows as it should not."""
-    lines = 0
+    lines, its_own = 0, vars(module)
 
-    def trace(frame: FrameType, event: str, _: object) -> Any:
+    def count(_frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines
-        lines += event == "line"
-        return trace if frame.f_code.co_filename == module.__file__ else None
+        if event == "line":
+            lines += 1
+        return count
+
+    def trace(frame: FrameType, _event: str, _: object) -> Any:
+        return count if frame.f_globals is its_own else None
 
     before = sys.gettrace()
     sys.settrace(trace)

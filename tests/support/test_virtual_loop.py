@@ -155,7 +155,8 @@ async def test_a_test_may_leave_something_behind_on_purpose() -> None:
 
 
 @pytest.mark.real_loop
-async def test_the_real_loop_runs_in_debug_mode_and_in_real_time() -> None:
+async def test_the_real_loop_refuses_other_threads_as_in_debug_mode_and_has_real_time() -> None:
     loop = asyncio.get_running_loop()
     assert not isinstance(loop, VirtualLoop)
-    assert loop.get_debug()
+    with pytest.raises(RuntimeError, match="Non-thread-safe"):
+        await asyncio.to_thread(lambda: loop.call_soon(int))

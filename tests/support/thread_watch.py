@@ -71,7 +71,7 @@ def library_jobs() -> int:
     """How many calls the library's own worker threads have accepted and not yet reported."""
     module = sys.modules.get("coalestra.concurrency.threads")
     every = () if module is None else tuple(module._instances)
-    return sum(sum(threads.busy.values()) for threads in every)
+    return sum(sum(threads.busy.values()) for threads in every if threads._running)
 
 
 class ThreadWatch:
@@ -93,7 +93,6 @@ class ThreadWatch:
         """
         if threading.active_count() == 1:
             return []
-        jobs += library_jobs()
         frames = sys._current_frames()
         del frames[
             threading.get_ident()
@@ -125,7 +124,7 @@ class ThreadWatch:
                 held += is_worker
             else:
                 names.append(thread.name)
-        if not names and jobs > held:
+        if not names and (jobs := jobs + library_jobs()) > held:
             names.append(f"{jobs - held} call(s) handed to a thread")
         return names
 
