@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coalestra.concurrency.deadline import CutOff, CutOffExpired
-from tests.support import Gate, begun
+from tests.support import Gate, VirtualLoop, begun
 
 pytestmark = pytest.mark.concurrency
 
@@ -200,3 +200,31 @@ async def test_the_task_is_left_as_it_was_found() -> None:
         with CutOff(None):
             await asyncio.sleep(0)
     assert repr(task.cancel) == before
+
+
+# A loop that was held ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looks", [True, False])
+async def test_only_who_looks_first_has_what_came_while_the_loop_was_held(looks: bool) -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+
+    async def work() -> None:
+        with CutOff(soon(1), looks=looks):
+            await asyncio.sleep(0.9)
+            await asyncio.sleep(0)
+
+    loop.call_later(0.5, loop.be_busy, 5.0)
+    assert await outcome(await begun(work())) == ("done" if looks else "CutOffExpired")
+
+
+async def test_a_look_at_what_came_does_not_last_and_takes_no_time_that_was_up_before() -> None:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    for when, hold, ends_after in ((1.0, 5.0, 5.02), (-3.0, 0.0, 0.0)):
+        began = loop.time()
+        loop.call_soon(loop.be_busy, hold)
+        with pytest.raises(CutOffExpired), CutOff(began + when, looks=True):
+            await asyncio.sleep(10)
+        assert loop.time() - began == pytest.approx(ends_after)

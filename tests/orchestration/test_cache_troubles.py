@@ -462,6 +462,30 @@ async def test_a_cache_that_never_waits_is_not_slow_because_the_machine_is(kind:
     assert set(cache.held) == set(KEYS)
 
 
+@KINDS
+async def test_what_arrives_while_the_loop_is_held_is_in_time_from_cache_and_source(
+    kind: Kind,
+) -> None:
+    loop, held = asyncio.get_running_loop(), False
+    assert isinstance(loop, VirtualLoop)
+    be_busy = loop.be_busy
+
+    async def travel(*_of: object) -> None:
+        if held:
+            loop.call_later(0.5, be_busy, 5.0)
+            await asyncio.sleep(0.6)
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    source, cache = Batch("b", before=travel, timeout=1.0), doing(kind, travel)
+    building = builder(source, cache=cache)
+    await building.build(KEYS[:1])
+    held = True
+    assert (await building.build(KEYS[:2])).value(KEYS[1]) == "1"
+    assert source.calls == [(KEYS[0],), (KEYS[1],)]  # as the first was found in the cache
+    await building.aclose()
+
+
 @pytest.mark.parametrize("kind", [*FOREIGN, LeasingCache], ids=lambda kind: kind.__name__)
 async def test_what_is_on_its_way_is_not_fresh_once_the_clock_was_set_back(kind: Kind) -> None:
     cache, gate = hanging(kind, *WRITES, "fulfil_many", patience=60.0)

@@ -40,6 +40,7 @@ from coalestra.cache import store
 from coalestra.cache.memory import AsyncMemoryCache, let_go, open_value, revision_of, seal_value
 from coalestra.cache.store import EntryStore, Listeners, Outcome, decide
 from coalestra.concurrency.copying import PayloadCopies
+from coalestra.concurrency.deadline import ended_within
 from coalestra.concurrency.pace import Pace
 from coalestra.core import errors, validation
 from coalestra.core.errors import CacheCircuitOpenError, CacheTimeoutError, CacheUnavailableError
@@ -334,7 +335,7 @@ class CacheCalls:
 
         task = asyncio.create_task(made(), name="coalestra cache call")
         try:
-            await asyncio.wait([task], timeout=seconds)
+            await ended_within(task, seconds)
         finally:
             if not task.done() and not task.get_loop().is_closed():
                 task.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -150,6 +151,21 @@ class Deadline:
         return f"<Deadline budget={self.budget_seconds:g} s remaining={self.remaining():.3f} s>"
 
 
+LATE_SECONDS = 0.005
+LOOK_SECONDS = 0.02
+"""A loop that is late by more than the first has the second to look at what has come meanwhile."""
+
+
+async def ended_within(task: asyncio.Future[Any], seconds: float | None) -> bool:
+    """Wait for so long (None: any time) for a task to end; return whether it has."""
+    loop = asyncio.get_running_loop()
+    until = math.inf if seconds is None else loop.time() + seconds
+    await asyncio.wait([task], timeout=seconds)
+    if not task.done() and loop.time() - until > LATE_SECONDS:
+        await asyncio.wait([task], timeout=LOOK_SECONDS)
+    return task.done()
+
+
 class CutOffExpired(Exception):
     """The block of a `CutOff` was ended because its time was up, and for no other reason."""
 
@@ -173,16 +189,24 @@ class CutOff:
     Args:
         when: the instant on the event loop's clock, or None for never.
         on_expire: called when the time is up, before anything is cancelled.
+        looks: whether a loop that was held until then first looks at what has come meanwhile.
 
     Raises:
         RuntimeError: on entering outside of a task, or a second time.
     """
 
-    __slots__ = ("_cancellation", "_handle", "_left", "_on_expire", "expired", "when")
+    __slots__ = ("_cancellation", "_handle", "_left", "_looks", "_on_expire", "expired", "when")
 
-    def __init__(self, when: float | None, on_expire: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        when: float | None,
+        on_expire: Callable[[], object] | None = None,
+        *,
+        looks: bool = False,
+    ) -> None:
         self.when = when
         self._on_expire = on_expire
+        self._looks = looks
         self._handle: asyncio.TimerHandle | None = None
         self._cancellation: OwnCancellation | None = None
         self.expired: bool = False
@@ -200,9 +224,15 @@ class CutOff:
             self._handle.cancel()
             self._handle = None
         if self.when is not None:
-            self._handle = asyncio.get_running_loop().call_at(self.when, self._expire)
+            loop = asyncio.get_running_loop()
+            due = max(self.when, loop.time()) if self._looks else math.inf
+            self._handle = loop.call_at(self.when, self._expire, due)
 
-    def _expire(self) -> None:
+    def _expire(self, due: float) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() - due > LATE_SECONDS:
+            self._handle = loop.call_later(LOOK_SECONDS, self._expire, math.inf)
+            return
         self._handle = None
         self.expired = True
         try:

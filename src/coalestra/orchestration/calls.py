@@ -352,7 +352,7 @@ class Attempt:
     def cut_off(self, bound: float, on_expire: Callable[[], None] | None = None) -> CutOff:
         """Return what ends the present step at its bound, or at the cutoff of the call."""
         self._bound = bound
-        self._cut = CutOff(self._end(), on_expire)
+        self._cut = CutOff(self._end(), on_expire, looks=True)
         return self._cut
 
     def extend(self) -> None:
@@ -508,7 +508,7 @@ class Attempt:
             steps, answer = self._first_step()
             if steps is not None:  # it waits for something, so it takes watching
                 self.prompt = False
-                with CutOff(self._end(), self._expire) as self._cut:
+                with CutOff(self._end(), self._expire, looks=True) as self._cut:
                     answer = await _further_steps(steps, answer, self._run)
         except CutOffExpired:
             return None

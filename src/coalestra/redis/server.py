@@ -46,6 +46,7 @@ from redis.client import NEVER_DECODE
 
 from coalestra._endings import look_after
 from coalestra.concurrency.capacity import CapacityLimiter
+from coalestra.concurrency.deadline import ended_within
 from coalestra.concurrency.pace import SLICE_SECONDS
 from coalestra.core.errors import CacheCircuitOpenError, CacheUnavailableError, message_of
 from coalestra.redis.scripts import whole
@@ -78,8 +79,6 @@ _CLOSED_CONNECTIONS: Final = 3
 _MOST_CALLS: Final = 8
 """So many connections keep an event loop busy; to open one with TLS holds it up for 20 ms."""
 _SCAN_SECONDS: Final = 30.0
-_LAST_LOOK: Final = 0.2
-"""The part of the time limit that is there to look at the answer only."""
 
 
 class SharedCacheUnavailableError(CacheUnavailableError, ConnectionError):
@@ -306,11 +305,7 @@ class Server:
 
     async def _answer(self, task: asyncio.Future[Any], seconds: float) -> Any:
         try:
-            # A loop that was busy for so long gets time to look at what has arrived meanwhile.
-            for share in (1 - _LAST_LOOK, _LAST_LOOK):
-                await asyncio.wait({task}, timeout=seconds * share)
-                if task.done():
-                    break
+            await ended_within(task, seconds)
         finally:
             task.cancel()
         if not task.done():
@@ -598,11 +593,11 @@ async def _within(seconds: float, work: Coroutine[Any, Any, _T], missing: str) -
     """Return what comes of `work`; raises TimeoutError about what is `missing` after a while."""
     task = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
+        ended = await ended_within(task, seconds)
     finally:
         task.cancel()
         await asyncio.wait({task})
-    if not done:
+    if not ended:
         raise TimeoutError(f"{missing} within {seconds:g} s")
     return task.result()
 
