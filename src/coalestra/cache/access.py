@@ -19,7 +19,6 @@ import contextlib
 import math
 import time
 import weakref
-from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -32,7 +31,6 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from coalestra._endings import look_after, running_loop
@@ -74,7 +72,7 @@ class NearCache:
     Args:
         cache: the cache; it stays the application's.
         near_entries: how many entries are kept in memory.
-        near_seconds: after so long an entry is looked up in the cache again.
+        near_seconds: so often all that is in memory is let go, and looked up in the cache again.
     """
 
     def __init__(
@@ -525,7 +523,7 @@ def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
 #    reading.
 # 2. What was read before a change of its key is never put in after it: whoever reads or writes
 #    keeps a `Filling` open meanwhile, which learns of the changes.
-# 3. After a time even a trusted entry is looked up again.
+# 3. After a time even trusted entries are looked up again, all of them at once.
 
 
 class KeyLanes:
@@ -576,9 +574,6 @@ class KeyLanes:
                 each.add_done_callback(passed)
 
 
-_SPARE_DUE = 1000
-
-
 @dataclass(slots=True, eq=False)
 class Filling:
     """One reading or writing under way, and the versions that keys have got since it began."""
@@ -617,7 +612,7 @@ class Channel:
         self.store: EntryStore = EntryStore(entries if self._serves else 1)
         self._cache = cache
         self._fillings: dict[Filling, None] = {}
-        self._due: OrderedDict[ResourceKey, float] = OrderedDict()
+        self._until = 0.0
         self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
         self._hears = False
         if self._tells:
@@ -650,13 +645,10 @@ class Channel:
         """Return the entries, if they can be trusted at this moment."""
         if self.is_behind or not self._serves:
             return None
-        if self._due:
-            now = time.monotonic()
-            gone = [key for key, _ in takewhile(lambda due: due[1] <= now, self._due.items())]
-            if gone:
-                self.store.drop(gone)
-                for key in gone:
-                    del self._due[key]
+        now = time.monotonic()
+        if now >= self._until:
+            self.store.clear()
+            self._until = now + self._seconds
         return self.store
 
     @contextlib.contextmanager
@@ -678,20 +670,13 @@ class Channel:
         """Keep what was read or written, unless it has changed since."""
         if not self._serves or filling not in self._fillings:
             return
-        allowed = filling.allowed(revisions)
         new: dict[ResourceKey, Revision] = {}
-        for each in allowed:
+        for each in filling.allowed(revisions):
             held = self.store.peek(each.key)
             if held is None or held.version != each.version:
                 new[each.key] = each
                 each.checked = store.UNCHECKED  # it may have been here before
         self.store.put_many(new, force=True)
-        due = time.monotonic() + self._seconds
-        for each in allowed:
-            self._due[each.key] = due
-            self._due.move_to_end(each.key)
-        if len(self._due) > 2 * len(self.store) + _SPARE_DUE:  # most have left it since
-            self._due = OrderedDict((k, due) for k, due in self._due.items() if k in self.store)
 
     def wrote(self, filling: Filling, outcomes: Collection[Outcome]) -> None:
         """Keep what this process has stored, or found; what others of it read before is not kept.
@@ -730,7 +715,6 @@ class Channel:
     def missed(self) -> None:
         """Learn that anything may have changed."""
         self._fillings.clear()  # whatever they have read may be old
-        self._due.clear()
         self.on_their_way.clear()
         self.store.clear()
         self.listeners.tell(lambda each: each.invalidating_where(lambda _: True))
@@ -793,7 +777,6 @@ class CacheAccess:
             None, and all is read and written through here.
         subscribers: who hears of changes through this view, on any event loop; held weakly.
         leases: whether the cache says who is to acquire a key, and stores for him alone.
-        copying: the keys of what has been read and is being copied in at this moment.
         tolerance: how many seconds ahead of the clock what is held may be dated.
     """
 
@@ -812,7 +795,6 @@ class CacheAccess:
         self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed, log)
         self.leases: bool = has(cache, "lease_many", "fulfil_many", "release_many")
         self.copies: PayloadCopies = copies
-        self.copying: dict[ResourceKey, None] = {}
         self.tolerance: float = store.future_tolerance(observation)
         if self.store is not None:
             self.store.tolerate(self.tolerance)
@@ -940,13 +922,10 @@ class CacheAccess:
         revisions: dict[ResourceKey, Revision] = {}
 
         async def seal(key: ResourceKey) -> None:
-            self.copying[key] = None
             try:
                 revisions[key] = await seal_value(self.copies, values[key], _READ)
             except Exception as error:
                 self.calls.tell("read", {key: error})
-            finally:
-                self.copying.pop(key, None)
 
         self.calls.pace.begin()
         await self.copies.each(values, seal, self.calls.pace)
