@@ -93,7 +93,9 @@ def test_ctrl_c_ends_it_also_while_somebody_watches(folder: Path) -> None:
     ):
         assert status(port, "/", Host="evil.example") == 200
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-        connection.connect()
+        connection.request("GET", "/events")
+        watching = connection.getresponse()
+        assert watching.readline() == b"retry: 500\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
         connection.close()

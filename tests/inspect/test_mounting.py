@@ -15,6 +15,7 @@ import pytest
 
 from coalestra import CallableSource, SnapshotBuilder
 from coalestra.inspect import app
+from coalestra.inspect.asgi import STREAM_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -96,6 +97,34 @@ def test_it_is_mounted_in_starlette_on_uvicorn(served: Served) -> None:
         assert page.status == 404
 
 
+def test_events_reach_a_viewer_through_it_one_by_one(served: Served) -> None:
+    with asked(served.port, "/ops/inspect/events") as events:
+        states: list[float] = []
+        while len(states) < 3:
+            line = events.readline()
+            if line.startswith(b"data: "):
+                states.append(json.loads(line[6:])["at"])
+    assert states == sorted(set(states))
+
+
+def test_a_viewer_who_leaves_is_noticed_and_the_server_can_end() -> None:
+    with Served(mounted()) as served:
+        with asked(served.port, "/ops/inspect/events") as events:
+            events.readline()
+        left = time.monotonic()
+    assert time.monotonic() - left < STREAM_SECONDS / 2
+
+
+def test_a_page_left_open_barely_holds_up_the_servers_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coalestra.inspect.asgi.STREAM_SECONDS", 0.5)
+    with Served(mounted()) as served:
+        with asked(served.port, "/ops/inspect/events") as events:
+            events.readline()
+            served.server.should_exit = True
+            served.thread.join(10)
+            assert not served.thread.is_alive()
+
+
 def test_behind_a_proxy_that_leaves_its_path_away_it_is_found_too() -> None:
     with Served(app(made()), root_path="/behind/a/proxy") as served:
         with asked(served.port, "/state.json") as page:
@@ -128,8 +157,9 @@ async def test_another_server_than_uvicorn_serves_it() -> None:
     )
 
     def visit() -> int:
-        with asked(port, "/state.json") as state:
-            return int(state.status)
+        with asked(port, "/events") as events:
+            events.readline()
+            return int(events.status)
 
     while True:
         try:

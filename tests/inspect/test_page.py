@@ -27,13 +27,14 @@ from coalestra import (
 )
 from coalestra.core.trace import Trace
 from coalestra.inspect import app
+from coalestra.inspect.asgi import MOST_VIEWERS, SEND_SECONDS, STREAM_SECONDS
 from coalestra.inspect.looks import Story
-from tests.inspect.client import get, scope_of
-from tests.orchestration.scripted import Derived, Single, builder, key, latency
+from tests.inspect.client import Stream, get, scope_of
+from tests.orchestration.scripted import Derived, Single, builder, key
 from tests.support import LoopClock, ThreadGate, settle
 
 K = key("k", "secret-subject")
-PATHS = ("/", "/state.json", "/cache.json", "/traces/0123456789ab.html", "/nothing")
+PATHS = ("/", "/state.json", "/cache.json", "/events", "/traces/0123456789ab.html", "/nothing")
 
 
 def page_of(**settings: Any) -> Any:
@@ -83,7 +84,9 @@ async def test_the_policy_of_the_page_lets_its_own_script_and_style_run_and_noth
 
 @pytest.mark.parametrize("path", PATHS)
 async def test_every_answer_is_kept_from_caches_frames_and_guesses(path: str) -> None:
-    headers = (await get(page_of(), path)).headers
+    async with Stream(page_of(), scope_of(path)) as stream:
+        await settle()
+        headers = stream.headers
     assert headers["cache-control"] == "no-store"
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
@@ -123,11 +126,13 @@ async def test_it_can_only_be_read(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 async def test_head_answers_with_the_headers_alone(path: str) -> None:
     page = page_of()
-    whole, answer = await get(page, path), await get(page, path, "HEAD")
+    async with Stream(page, scope_of(path)) as whole:
+        await settle()
+    answer = await get(page, path, "HEAD")
     assert (answer.status, answer.body) == (whole.status, b"")
     assert answer.headers["content-type"] == whole.headers["content-type"]
     if path == "/":
-        assert answer.headers["content-length"] == str(len(whole.body))
+        assert answer.headers["content-length"] == str(len(b"".join(whole.parts)))
 
 
 # Where it is mounted ------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ async def test_without_its_last_slash_it_leads_there(root: str, path: str, locat
 async def test_every_address_of_the_page_is_relative() -> None:
     text = (await get(page_of(), "/")).text
     addresses = re.findall(r"""(?:fetch|EventSource)\(["']([^"']+)|href="([^"]+)""", text)
-    assert {one or other for one, other in addresses} >= {"cache.json", "state.json"}
+    assert {one or other for one, other in addresses} >= {"events", "cache.json", "state.json"}
     assert not [one or other for one, other in addresses if (one or other).startswith("/")]
 
 
@@ -185,7 +190,7 @@ async def test_a_websocket_is_refused() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await page_of()({**scope_of("/state.json"), "type": "websocket"}, receive, send)
+    await page_of()({**scope_of("/events"), "type": "websocket"}, receive, send)
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
@@ -271,8 +276,10 @@ async def test_an_error_in_deciding_lets_nobody_in() -> None:
     def may_read(scope: Any) -> bool:
         raise LookupError("no such session")
 
-    with pytest.raises(LookupError):  # the application's to report
-        await get(page_of(authorize=may_read), "/")
+    async with Stream(page_of(authorize=may_read), scope_of("/")) as stream:
+        await settle()
+        assert isinstance(stream.task.exception(), LookupError), "the application's to report"
+    assert stream.status == 0
 
 
 @pytest.mark.parametrize(
@@ -295,16 +302,24 @@ async def test_no_other_site_can_read_through_a_browser(site: str, mode: str, st
 # Keeping up to date -------------------------------------------------------------------------------
 
 
-async def test_a_state_is_told_to_all_who_ask_within_an_interval() -> None:
+async def test_a_viewer_is_told_the_state_at_once_and_then_again_and_again() -> None:
+    async with Stream(page_of(interval_seconds=2.0), scope_of("/events")) as viewer:
+        states = await viewer.states(4)
+    assert viewer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert viewer.headers["x-accel-buffering"] == "no"
+    assert viewer.parts[0] == b"retry: 500\n\n"
+    times = [state["at"] for state in states]
+    assert times == pytest.approx([times[0] + 2.0 * number for number in range(4)])
+
+
+async def test_all_viewers_share_one_sampler() -> None:
     made = builder(Single("k"))
     looks = counted_looks(made)
-    page = app(made, interval_seconds=8.0)
-    first, second = await asyncio.gather(get(page, "/state.json"), get(page, "/state.json"))
-    await asyncio.sleep(3)
-    assert first.json == second.json == (await get(page, "/state.json")).json
-    assert len(looks) == 1
-    await asyncio.sleep(4.5)  # a timer may be early by a little
-    assert (await get(page, "/state.json")).json["at"] == pytest.approx(made.clock.now())
+    page = app(made)
+    async with Stream(page, scope_of("/events")) as one, Stream(page, scope_of("/events")) as two:
+        first, second = await one.states(3), await two.states(3)
+        assert first == second
+        assert len(looks) == 3
 
 
 def counted_looks(made: SnapshotBuilder) -> list[float]:
@@ -320,28 +335,109 @@ def counted_looks(made: SnapshotBuilder) -> list[float]:
     return looks
 
 
-async def test_nobody_looks_while_nobody_asks() -> None:
+async def test_a_viewer_who_comes_later_is_told_what_the_others_see_at_once() -> None:
+    page = page_of(interval_seconds=8.0)
+    async with Stream(page, scope_of("/events")) as first:
+        (seen,) = await first.states(1)
+        await asyncio.sleep(3)
+        async with Stream(page, scope_of("/events")) as late:
+            await settle()
+            assert await late.states(1) == [seen]
+
+
+async def test_nobody_looks_while_nobody_watches_and_an_old_state_is_not_told() -> None:
     made = builder(Single("k"))
     looks = counted_looks(made)
     page = app(made)
-    await get(page, "/state.json")
+    async with Stream(page, scope_of("/events")) as viewer:
+        await viewer.states(2)
+    before = len(looks)
     await asyncio.sleep(60)
-    assert len(looks) == 1
+    assert len(looks) == before
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not others, "no task is left"
+    async with Stream(page, scope_of("/events")) as again:
+        (state,) = await again.states(1)
+    assert state["at"] == pytest.approx(made.clock.now())
+
+
+async def test_a_stream_ends_after_a_while_so_that_a_server_can_end_too() -> None:
+    async with Stream(page_of(), scope_of("/events")) as viewer:
+        began = asyncio.get_running_loop().time()
+        await viewer.task
+        assert viewer.ended
+    assert asyncio.get_running_loop().time() - began <= STREAM_SECONDS + 1
+
+
+async def test_a_slow_viewer_holds_nobody_back_and_gets_the_newest_state_next() -> None:
+    page = page_of()
+    async with Stream(page, scope_of("/events")) as slow, Stream(page, scope_of("/events")) as fast:
+        await slow.states(1)
+        slow.gate.clear()
+        await fast.states(5)
+        assert len(slow.parts) == 2
+        slow.gate.set()
+        told = await slow.states(3)
+        at = [state["at"] for state in told]
+    assert at[1] - at[0] == pytest.approx(1.0), "the one that was on its way"
+    assert at[2] - at[1] >= 3.0, "then the newest, and none between"
+
+
+async def test_a_viewer_who_takes_nothing_is_given_up() -> None:
+    async with Stream(page_of(), scope_of("/events")) as stuck:
+        await stuck.states(1)
+        stuck.gate.clear()
+        await asyncio.sleep(SEND_SECONDS + 2)
+        assert stuck.task.done()
+        assert stuck.task.exception() is None
+    await settle()
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_how_late_the_loop_was_is_told() -> None:
-    loop: Any = asyncio.get_running_loop()
-    loop.call_later(0.01, lambda: setattr(loop, "_virtual_now", loop.time() + 0.26))
-    state = (await get(page_of(), "/state.json")).json
-    assert state["loop"]["late_ms"] == pytest.approx(250)
+@pytest.mark.parametrize("error", [OSError("gone"), ConnectionResetError(), BrokenPipeError()])
+async def test_a_viewer_whose_connection_breaks_is_let_go(error: OSError) -> None:
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            raise error
+
+    async def receive() -> dict[str, str]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    await page_of()(scope_of("/events"), receive, send)
+    await settle()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_the_closing_of_the_builder_is_told() -> None:
+async def test_cancelling_a_stream_leaves_nothing_behind() -> None:
+    async with Stream(page_of(), scope_of("/events")) as viewer:
+        await viewer.states(1)
+        viewer.task.cancel()
+        await settle()
+        assert viewer.task.cancelled()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_so_many_may_watch_and_others_are_asked_to_come_later() -> None:
+    page = page_of()
+    streams = [Stream(page, scope_of("/events")) for _ in range(MOST_VIEWERS + 1)]
+    for stream in streams:
+        await stream.__aenter__()
+    await settle()
+    assert sorted(stream.status for stream in streams) == [200] * MOST_VIEWERS + [503]
+    for stream in streams:
+        await stream.__aexit__(None, None, None)
+    async with Stream(page, scope_of("/events")) as viewer:
+        await viewer.states(1)
+        assert viewer.status == 200
+
+
+async def test_the_closing_of_the_builder_is_told_and_ends_no_stream() -> None:
     made = builder(Single("k"))
-    page = app(made)
-    await made.aclose()
-    state = (await get(page, "/state.json")).json
+    async with Stream(app(made), scope_of("/events")) as viewer:
+        await viewer.states(1)
+        await made.aclose()
+        state = (await viewer.states(3))[-1]
     assert state["verdict"]["closed"] is True
     assert state["verdict"]["severity"] == "critical"
 
@@ -356,11 +452,11 @@ async def test_an_error_in_looking_is_told_by_its_type_and_the_next_look_may_suc
         return await ask()
 
     made.health_snapshot = health_snapshot  # type: ignore[method-assign]  # to let it fail
-    page = app(made)
-    assert (await get(page, "/state.json")).json == {"error": "RuntimeError"}
-    fails.clear()
-    await asyncio.sleep(1)
-    assert (await get(page, "/state.json")).json["verdict"]["severity"] == "healthy"
+    async with Stream(app(made), scope_of("/events")) as viewer:
+        (state,) = await viewer.states(1)
+        assert state == {"error": "RuntimeError"}
+        fails.clear()
+        assert (await viewer.states(2))[1]["verdict"]["severity"] == "healthy"
 
 
 async def test_a_clock_that_tells_no_time_is_told_as_an_error_not_as_a_state() -> None:
@@ -534,8 +630,7 @@ async def test_a_trace_that_was_let_go_is_not_found() -> None:
 
 
 async def test_a_trace_that_was_shown_can_still_be_had_when_the_builder_has_let_it_go() -> None:
-    made = builder(Single("k", fetch=latency(0.25)), trace=True)
-    await made.build([K])
+    made = await traced()
     page = app(made)
     (trace,) = (await get(page, "/state.json")).json["traces"]
     for _ in range(40):
@@ -633,11 +728,11 @@ async def test_a_repr_that_does_not_end_holds_up_neither_its_viewer_nor_the_end(
 
     page = app(await holding(Stuck()), show_values=True)
     assert (await get(page, "/cache.json")).json == {"error": "TimeoutError"}
-    asking = asyncio.ensure_future(get(page, "/cache.json"))
-    await settle()
-    asking.cancel()
-    await settle()
-    assert asking.cancelled(), "as a server does with it at its end"
+    async with Stream(page, scope_of("/cache.json")) as stream:
+        await settle()
+        stream.task.cancel()
+        await settle()
+        assert stream.task.cancelled(), "as a server does with it at its end"
     gate.open()
 
 
@@ -659,18 +754,19 @@ async def test_a_value_that_has_left_the_cache_is_not_kept_alive_for_having_been
     cache = AsyncMemoryCache()
     page = app(await holding(Payload(), trace=True, cache=cache), show_values=True)
     reference = weakref.ref(cache.store.newest(1)[0].payload)
-    for path in ("/state.json", "/cache.json"):
-        await get(page, path)
-    await cache.clear()
-    await asyncio.sleep(1)
-    await get(page, "/state.json")
-    gc.collect()
-    assert reference() is None
+    async with Stream(page, scope_of("/events")) as viewer:
+        await viewer.states(2)
+        await get(page, "/cache.json")
+        await cache.clear()
+        await viewer.states(4)
+        gc.collect()
+        assert reference() is None
 
 
 async def test_watching_leaves_no_trace_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "coalestra"):
-        await get(page_of(), "/state.json")
+        async with Stream(page_of(), scope_of("/events")) as viewer:
+            await viewer.states(3)
     assert not caplog.records
 
 
@@ -681,7 +777,8 @@ async def test_watching_counts_as_no_use_and_asks_no_source() -> None:
     before = (await made.health_snapshot()).cache
     await asyncio.sleep(30)
     page = app(made, show_values=True)
-    for path in ("/state.json", "/cache.json"):
-        await get(page, path)
+    async with Stream(page, scope_of("/events")) as viewer:
+        await viewer.states(3)
+    await get(page, "/cache.json")
     assert (await made.health_snapshot()).cache == before
     assert len(source.calls) == 1

@@ -146,9 +146,9 @@ async def test_who_has_gone_before_he_was_seen_is_none(monkeypatch: pytest.Monke
 
 
 async def test_who_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coalestra.inspect.server._CONNECTION_SECONDS", 0.05)
+    monkeypatch.setattr("coalestra.inspect.server._REQUEST_SECONDS", 0.05)
     async with serve(hello, port=0) as server:
-        assert await spoken(server.port, b"GET / ") == b""
+        assert status(await spoken(server.port, b"GET / ")) == 408
 
 
 async def test_too_many_connections_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +242,7 @@ async def test_closing_ends_also_what_takes_nothing(monkeypatch: pytest.MonkeyPa
 
 
 async def test_who_takes_nothing_of_an_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coalestra.inspect.server._CONNECTION_SECONDS", 0.5)
+    monkeypatch.setattr("coalestra.inspect.server._TAKING_SECONDS", 0.05)
     monkeypatch.setattr("coalestra.inspect.server._MOMENT_SECONDS", 0.02)
     reported = reports()
     ended = asyncio.Event()
@@ -274,6 +274,17 @@ async def test_a_large_answer_comes_whole() -> None:
     async with serve(tells_all, port=0) as server:
         answer = await spoken(server.port, LINE + b"\r\n")
     assert answer.partition(b"\r\n\r\n")[2] == body
+
+
+async def test_streams_reach_the_client_part_by_part_and_end_with_the_server() -> None:
+    async with serve(app(builder(Single("k")), interval_seconds=0.02), port=0) as server:
+        async with opened(server.port) as (reader, writer):
+            writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for _ in range(3):
+                await asyncio.wait_for(reader.readuntil(b'data: {"at"'), 10)
+            await server.aclose()
+            with contextlib.suppress(ConnectionResetError):
+                await asyncio.wait_for(reader.read(), 10)
 
 
 async def test_a_port_that_is_taken_is_an_error_at_once() -> None:

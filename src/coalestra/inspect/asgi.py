@@ -5,7 +5,8 @@ Laws:
 1. It only reads: GET and HEAD, nothing else. Who may not read learns nothing, not even what exists.
 2. All viewers of an event loop share their looks at the builder: there is one an interval, while
    somebody watches and at no other time.
-3. Every request is answered at once: who watches asks again and again. A server that waits for its
+3. A viewer gets the newest state and never a queue of older ones, however slowly it reads.
+4. A stream ends by itself after a while, and the browser comes back: a server that waits for its
    connections to end is not held up by a page left open.
 """
 
@@ -40,12 +41,17 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Authorize = Callable[[Scope], "bool | Awaitable[bool]"]
 
-_NAP_SECONDS = 0.02
-"""By how much later than after so long a look goes on, the event loop is late."""
+STREAM_SECONDS = 10.0
+"""After so long a stream of events ends, and the browser opens another."""
+SEND_SECONDS = 10.0
+"""A viewer that takes nothing for so long is given up."""
+MOST_VIEWERS = 32
+"""So many streams are open at a time; who comes then is asked to come later."""
 
 _HOST = re.compile(r"(?:\[([^]]+)\]|([^][:]+))(?::\d*)?")
 _TRACE_PATH = re.compile(r"traces/([0-9a-f]{12})\.(html|svg|txt|json|chrome\.json)")
 _PLAIN = "text/plain; charset=utf-8"
+_EVENTS = "text/event-stream; charset=utf-8"
 _JSON = "application/json"
 _OF_PROXIES = re.compile(rb"via|forwarded|x-forwarded-.*|x-real-ip|.*-(client|connecting)-ip")
 
@@ -122,10 +128,11 @@ _DATA_POLICY = "default-src 'none'; frame-ancestors 'none'"
 class Exchange:
     """One request, and the answer to it."""
 
-    __slots__ = ("_send", "headers", "method", "path", "scope")
+    __slots__ = ("_send", "headers", "method", "path", "receive", "scope")
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
+        self.receive = receive
         self._send = send
         self.method: str = scope["method"]
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -135,18 +142,10 @@ class Exchange:
             path = path[len(root) :]
         self.path: str = path
 
-    async def answer(
-        self, status: int, content: str | bytes, content_type: str = _PLAIN, **more: str
-    ) -> None:
-        """Send the whole answer; without its body, if that was not asked for.
-
-        Headers of ``more`` take the place of the usual ones.
-        """
-        # A name may hold half a surrogate pair, as one of a file that is not UTF-8.
-        encoded = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    async def begin(self, status: int, content_type: str, **more: str) -> None:
+        """Send the status and the headers; those of ``more`` take the place of the usual ones."""
         headers = {
             "content-type": content_type,
-            "content-length": str(len(encoded)),
             "cache-control": "no-store",
             "content-security-policy": _DATA_POLICY,
             "cross-origin-opener-policy": "same-origin",
@@ -155,10 +154,21 @@ class Exchange:
             "x-content-type-options": "nosniff",
             **{name.replace("_", "-"): value for name, value in more.items()},
         }
-        told = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": told})
-        body = b"" if self.method == "HEAD" else encoded
-        await self._send({"type": "http.response.body", "body": body})
+        encoded = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": encoded})
+
+    async def body(self, content: bytes, *, more: bool = False) -> None:
+        """Send a part of the body; the last one unless there is ``more``."""
+        await self._send({"type": "http.response.body", "body": content, "more_body": more})
+
+    async def answer(
+        self, status: int, content: str | bytes, content_type: str = _PLAIN, **headers: str
+    ) -> None:
+        """Send the whole answer; without its body, if that was not asked for."""
+        # A name may hold half a surrogate pair, as one of a file that is not UTF-8.
+        encoded = content.encode("utf-8", "replace") if isinstance(content, str) else content
+        await self.begin(status, content_type, content_length=str(len(encoded)), **headers)
+        await self.body(b"" if self.method == "HEAD" else encoded)
 
 
 @dataclass(eq=False, repr=False)
@@ -167,32 +177,36 @@ class Sampler:
 
     Attributes:
         story: what is told of the looks.
+        viewers: how many watch now.
+        due: when the state is too old, on the clock of the event loop.
     """
 
     story: looks.Story
     _builder: looks.AnyBuilder
     _threads: WorkerThreads
     _interval: float
-    _due: float = -math.inf
+    viewers: int = 0
+    due: float = -math.inf
     _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _state: bytes = b""
 
-    async def state(self) -> bytes:
-        """Return a state that is no older than the interval."""
+    async def state(self, late: float = 0.0) -> bytes:
+        """Return a state that is no older than the interval.
+
+        It is asked for so many seconds `late`, as the event loop was held.
+        """
         now = asyncio.get_running_loop().time
         async with self._looking:
             began = now()
-            if began >= self._due - self._interval / 10:  # a timer may be early by a little
+            if began >= self.due - self._interval / 10:  # a timer may be early by a little
                 try:
-                    await asyncio.sleep(_NAP_SECONDS)
-                    late = max(0.0, now() - began - _NAP_SECONDS)  # as the event loop was held
                     look = await looks.look_at(self._builder)
                     written = self._written, look, began, late
                     state = await self._threads.run(*written, or_here=True)
                 except Exception as error:
                     # What went wrong may name a resource, so its type is all that is shown.
                     state = json.dumps({"error": type(error).__name__}).encode()
-                self._due, self._state = began + self._interval, state
+                self.due, self._state = began + self._interval, state
             return self._state
 
     def _written(self, look: looks.Look, now: float, late: float) -> bytes:
@@ -251,7 +265,7 @@ class Inspector:
         if scope["type"] == "lifespan":
             await _live(receive, send)
         elif scope["type"] == "http":
-            await self._answer(Exchange(scope, send))
+            await self._answer(Exchange(scope, receive, send))
         else:  # a websocket, closed before it is open: a server answers 403
             await receive()
             await send({"type": "websocket.close", "code": 1008})
@@ -290,6 +304,8 @@ class Inspector:
             await exchange.answer(200, await self._sampler().state(), _JSON)
         elif path == "cache.json":
             await self._tell_cache(exchange)
+        elif path == "events":
+            await self._stream(exchange)
         elif trace is not None:
             await self._tell_trace(exchange, trace[1], trace[2])
         else:
@@ -341,6 +357,62 @@ class Inspector:
             recent = self.builder.recent_traces()
             trace = next((each for each in recent if looks.trace_id(each) == name), None)
         return None if trace is None else draw(self._names.trace(trace))
+
+    async def _stream(self, exchange: Exchange) -> None:
+        """Send the state whenever there is a new one, until the viewer goes or the time is up."""
+        sampler = self._sampler()
+        if sampler.viewers >= MOST_VIEWERS:
+            await exchange.answer(503, "Too many are watching.\n", retry_after="10")
+            return
+        begin = partial(exchange.begin, 200, _EVENTS, x_accel_buffering="no")
+        if exchange.method == "HEAD":
+            await begin()
+            await exchange.body(b"")
+            return
+        sampler.viewers += 1
+        gone = asyncio.create_task(_until_gone(exchange.receive), name="coalestra inspect viewer")
+        try:
+            await begin()
+            if await _told_all(exchange, sampler, gone):
+                await exchange.body(b"")
+        finally:
+            gone.cancel()
+            sampler.viewers -= 1
+
+
+async def _told_all(exchange: Exchange, sampler: Sampler, gone: asyncio.Task[None]) -> bool:
+    """Tell one viewer until its time is up; return whether it is still there then."""
+    now = asyncio.get_running_loop().time
+    until, content, late = now() + STREAM_SECONDS, b"retry: 500\n\n", 0.0
+    while True:
+        sending = asyncio.ensure_future(exchange.body(content, more=True))
+        try:
+            await asyncio.wait((sending, gone), timeout=SEND_SECONDS, return_when="FIRST_COMPLETED")
+            if not sending.done():
+                return False
+            sending.result()
+        except OSError:
+            return False
+        finally:
+            sending.cancel()
+        if content.startswith(b"data") and (pause := min(sampler.due, until) - now()) > 0:
+            due = now() + pause
+            await asyncio.wait((gone,), timeout=pause)
+            late = max(0.0, now() - due)
+        if gone.done():
+            return False
+        if now() >= until:
+            return True
+        content = b"data: " + await sampler.state(late) + b"\n\n"
+
+
+async def _until_gone(receive: Receive) -> None:
+    """Return when the other side has gone, in whatever way a server tells of it."""
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    except OSError:
+        return
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -1,9 +1,9 @@
 """A small HTTP/1.1 server for the page, for programs that have no web server of their own.
 
 It answers one request on each connection and closes it, so that there is nothing to keep in step.
-What is too long or not HTTP is refused, and bodies are not taken. All of it has so long; then a
-client that says or takes nothing is given up. It runs on the event loop of whoever starts it, and
-does not listen to signals.
+What is too long, too slow or not HTTP is refused; bodies are not taken, and a client that takes
+nothing of its answer is given up. It runs on the event loop of whoever starts it, and does not
+listen to signals.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from coalestra.concurrency.deadline import CutOff, CutOffExpired
 from coalestra.core.validation import callable_, integer, number, text
 
 _REQUEST_BYTES = 16_384
-_CONNECTION_SECONDS = 20.0
+_REQUEST_SECONDS = 10.0
+_TAKING_SECONDS = 10.0
+_PART_BYTES = 65_536
 _MOMENT_SECONDS = 1.0
 _MOST_CONNECTIONS = 64
 _LINE = re.compile(r"([A-Z]+) (/[^ #?]*)(?:\?([^ #]*))? HTTP/(1\.[01])")
@@ -112,18 +114,18 @@ class Server:
         try:
             if len(self._connections) > _MOST_CONNECTIONS:
                 raise _Refused(503)
-            with CutOff(asyncio.get_running_loop().time() + _CONNECTION_SECONDS):
-                scope = await _request(reader)
-                if scope is None:
-                    return
-                peer = writer.get_extra_info("peername")
-                scope["client"] = peer and tuple(peer[:2])  # None of one that has gone already
-                scope["server"] = (self.host, self.port)
-                await self._application(scope, _receiving(reader), answer.send)
+            try:
+                scope = await asyncio.wait_for(_request(reader), _REQUEST_SECONDS)
+            except asyncio.TimeoutError:
+                raise _Refused(408) from None
+            except (OSError, asyncio.IncompleteReadError):
+                return  # the other side has gone
+            peer = writer.get_extra_info("peername")
+            scope["client"] = peer and tuple(peer[:2])  # None of one that has gone already
+            scope["server"] = (self.host, self.port)
+            await self._application(scope, _receiving(reader), answer.send)
         except _Refused as refused:
             await answer.refuse(refused.status, reader)
-        except CutOffExpired:
-            writer.transport.abort()
         except Exception as error:
             if not (isinstance(error, OSError) and writer.transport.is_closing()):
                 context = {"message": "coalestra.inspect: a request failed", "exception": error}
@@ -133,17 +135,12 @@ class Server:
             await answer.close()
 
 
-async def _request(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """Read a request up to its body and return its scope; None if the other side has gone.
-
-    Raises `_Refused` if it is no good.
-    """
+async def _request(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """Read a request up to its body and return its scope; raise `_Refused` if it is no good."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     except asyncio.LimitOverrunError:
         raise _Refused(431) from None
-    except (OSError, asyncio.IncompleteReadError):
-        return None
     first, *lines = head[:-4].split("\r\n")
     line = _LINE.fullmatch(first)
     headers = [_HEADER.fullmatch(each) for each in lines]
@@ -196,7 +193,11 @@ class _Answer:
         self._begun = False
 
     async def send(self, message: Any) -> None:
-        """Write one message, no faster than the client reads."""
+        """Write one message, no faster than the client reads.
+
+        Raises:
+            ConnectionAbortedError: if it has taken nothing for a while.
+        """
         if message["type"] == "http.response.start":
             status, headers = message["status"], message["headers"]
             lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}".encode()]
@@ -205,8 +206,14 @@ class _Answer:
             self._begun = True
         else:
             content = message.get("body", b"")
-        self._writer.write(content)
-        await self._writer.drain()
+        for start in range(0, len(content), _PART_BYTES):
+            self._writer.write(content[start : start + _PART_BYTES])
+            try:
+                with CutOff(asyncio.get_running_loop().time() + _TAKING_SECONDS):
+                    await self._writer.drain()
+            except CutOffExpired:
+                self._writer.transport.abort()
+                raise ConnectionAbortedError("the client takes nothing") from None
 
     async def refuse(self, status: int, reader: asyncio.StreamReader) -> None:
         """Answer with a status alone, unless something was answered already."""
