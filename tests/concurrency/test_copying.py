@@ -540,18 +540,23 @@ async def test_a_copy_of_unknown_length_is_made_in_a_thread_until_one_was_brief(
     assert copies.open_now(payload, kind, context="test") is OFFLOADED
 
 
-async def test_what_nobody_knows_is_copied_in_threads_until_it_was_brief_often_enough(
-    copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("within", [list, collections.deque, collections.UserList])
+async def test_code_of_an_application_is_run_in_threads_until_it_was_brief_often_enough(
+    copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch, within: Callable[[Any], Any]
 ) -> None:
-    """What its classes wait for may be there at first, and not the next time."""
-    monkeypatch.setattr(sealing, "_brief_in_a_row", {})
+    """What it waits for may be there at first, and not the next time."""
+
+    class Lazy:
+        def __deepcopy__(self, memo: object) -> Lazy:
+            return self
+
     monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
-    payload, kind = await copies.seal([Foreign()], context="test")
+    payload, kind = await copies.seal(within([Lazy()]), context="test")
     for _ in range(sealing._ENOUGH):
         assert copies.open_now(payload, kind, context="test") is OFFLOADED
         await copies.open(payload, kind, context="test")
     assert copies.open_now(payload, kind, context="test") is not OFFLOADED
-    other, its = await copies.seal([Foreign()], context="test")
+    other, its = await copies.seal(within([Lazy()]), context="test")
     assert copies.open_now(other, its, context="test") is not OFFLOADED
     monkeypatch.setattr(sealing, "BRIEF_SECONDS", -1.0)
     copies.open_now(other, its, context="test")
@@ -559,6 +564,12 @@ async def test_what_nobody_knows_is_copied_in_threads_until_it_was_brief_often_e
     await copies.open(payload, kind, context="test")
     for one, seal_of_it in ((payload, kind), (other, its)):
         assert copies.open_now(one, seal_of_it, context="test") is OFFLOADED
+
+
+def test_what_is_looked_at_to_find_code_of_an_application_is_bounded() -> None:
+    assert sealing.doubtful_class([[n] for n in range(100)]) is None
+    for large in ([None] * 2_000, collections.deque([None] * 2_000), [[n] for n in range(999)]):
+        assert sealing.doubtful_class([large]) is not None
 
 
 @pytest.mark.parametrize("value", [
@@ -569,7 +580,6 @@ async def test_a_small_object_of_unknown_type_takes_no_thread_for_its_readers(
     copies: PayloadCopies, monkeypatch: pytest.MonkeyPatch, value: Any
 ) -> None:
     """Handing it over would cost ten times what the copy costs."""
-    monkeypatch.setattr(sealing, "_ENOUGH", 0)
     monkeypatch.setattr(sealing, "BRIEF_SECONDS", 1000.0)
     payload, kind = await seal(copies, {"a": value})
     result = copies.open_now(payload, kind, context="test")

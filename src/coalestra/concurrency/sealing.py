@@ -15,8 +15,8 @@ Every copy is what ``copy.deepcopy`` makes, except that immutable objects may st
    where a copy is needed, or a key or a member of a set that is copied itself, is left to
    ``copy.deepcopy`` as a whole.
 5. Brief is what may be done on the event loop. For a graph it is counted in steps when it is
-   sealed. How long ``copy.deepcopy`` takes nobody can know, as classes may wait for something: its
-   last copy must have been brief, after many others of payloads of the same type.
+   sealed. How long ``copy.deepcopy`` takes nobody can know, so its last copy is timed. Where code
+   of an application's takes part, which may wait for something, many must have been brief first.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import copy
 import copyreg
 import dataclasses
 import enum
+import gc
 import math
 import reprlib
 import sys
@@ -32,6 +33,7 @@ import time
 import types
 import typing
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from graphlib import TopologicalSorter
 from typing import Any, ClassVar
@@ -82,7 +84,7 @@ _WAITING = 20
 """So many times as long it may last on the wall clock, as threads keep each other waiting."""
 
 _ENOUGH = 20
-"""So many brief copies in a row show that payloads of a type are copied in no time."""
+"""So many brief copies in a row show that a class of an application's is copied in no time."""
 
 _brief_in_a_row: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionary()
 
@@ -90,12 +92,13 @@ _brief_in_a_row: weakref.WeakKeyDictionary[type, int] = weakref.WeakKeyDictionar
 class DeepSeal(Seal):
     """Holds something that only ``copy.deepcopy`` can copy, for as long as that may take."""
 
-    __slots__ = ()
+    __slots__ = ("_doubtful",)
 
-    def __init__(self) -> None:
+    def __init__(self, payload: Any = None) -> None:
         self.name = "deep"
         self.brief = False
         self.weight = PORTION
+        self._doubtful = doubtful_class(payload)
 
     def opener(self, payload: Any) -> Any:  # not a slot: a bound method in it would be a cycle
         """Copy a payload, and remember whether that was brief."""
@@ -103,9 +106,11 @@ class DeepSeal(Seal):
         copied = copy.deepcopy(payload)
         worked, lasted = _worked_seconds() - worked, time.perf_counter() - began
         brief = worked <= BRIEF_SECONDS and lasted <= BRIEF_SECONDS * _WAITING
-        cls = type(payload)
-        in_a_row = _brief_in_a_row[cls] = _brief_in_a_row.get(cls, 0) + 1 if brief else 0
-        self.brief = in_a_row > _ENOUGH
+        cls = self._doubtful
+        if cls is not None:
+            in_a_row = _brief_in_a_row[cls] = _brief_in_a_row.get(cls, 0) + 1 if brief else 0
+            brief = in_a_row > _ENOUGH
+        self.brief = brief
         return copied
 
 
@@ -242,6 +247,38 @@ def hooks_of(cls: type) -> list[Any]:
 
 
 _NO_HOOKS = hooks_of(object)
+
+
+_MOST_LOOKED_AT = 1_000
+_LARGE: tuple[Any, ...] = (dict, list, tuple, set, frozenset, deque)
+
+
+def doubtful_class(payload: Any) -> type | None:
+    """Return a class in a payload that runs code of an application's to be copied, if there is one.
+
+    Of a large payload it is the first that is too large to be looked at.
+    """
+    seen: dict[int, Any] = {}
+    left = [payload]
+    while left:
+        each = left.pop()
+        cls = type(each)
+        if cls in ATOMS or id(each) in seen or issubclass(cls, (type, types.ModuleType)):
+            continue
+        seen[id(each)] = each
+        size = next((kind.__len__(each) for kind in _LARGE if issubclass(cls, kind)), 0)
+        if len(seen) + size > _MOST_LOOKED_AT or any(map(_is_foreign, hooks_of(cls))):
+            return cls
+        left += gc.get_referents(each)
+    return None
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether what a class says about its copying is code in Python, and not the library's own."""
+    module = str(getattr(hook, "__module__", ""))
+    return isinstance(hook, types.FunctionType) and (
+        module.partition(".")[0] not in sys.stdlib_module_names
+    )
 
 
 def copies_by_default(cls: type, hooks: list[Any]) -> bool:
@@ -614,7 +651,7 @@ def seal_anyhow(value: Any) -> Sealed:
     try:
         return seal_flat(value) or _survey(value, math.inf)
     except UnknownPayload:
-        seal = DeepSeal()
+        seal = DeepSeal(value)
         return seal.opener(value), seal
 
 
