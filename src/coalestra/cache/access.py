@@ -574,6 +574,9 @@ class KeyLanes:
                 each.add_done_callback(passed)
 
 
+_MANY_CHANGES = 1_000
+
+
 @dataclass(slots=True, eq=False)
 class Filling:
     """One reading or writing under way, and the versions that keys have got since it began."""
@@ -665,6 +668,8 @@ class Channel:
         """Let those who read or write at this moment know what has changed."""
         for each in self._fillings:
             each.changes.append(versions)
+            if len(each.changes) > _MANY_CHANGES:  # of each key the latest will do
+                each.allowed(())
 
     def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
         """Keep what was read or written, unless it has changed since."""
