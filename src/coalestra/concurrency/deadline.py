@@ -151,8 +151,8 @@ class Deadline:
         return f"<Deadline budget={self.budget_seconds:g} s remaining={self.remaining():.3f} s>"
 
 
-LATE_SECONDS = 0.005
-LOOK_SECONDS = 0.02
+_LATE_SECONDS = 0.005
+_LOOK_SECONDS = 0.02
 """A loop that is late by more than the first has the second to look at what has come meanwhile."""
 
 
@@ -161,8 +161,8 @@ async def ended_within(task: asyncio.Future[Any], seconds: float | None) -> bool
     loop = asyncio.get_running_loop()
     until = math.inf if seconds is None else loop.time() + seconds
     await asyncio.wait([task], timeout=seconds)
-    if not task.done() and loop.time() - until > LATE_SECONDS:
-        await asyncio.wait([task], timeout=LOOK_SECONDS)
+    if not task.done() and loop.time() - until > _LATE_SECONDS:
+        await asyncio.wait([task], timeout=_LOOK_SECONDS)
     return task.done()
 
 
@@ -230,8 +230,8 @@ class CutOff:
 
     def _expire(self, due: float) -> None:
         loop = asyncio.get_running_loop()
-        if loop.time() - due > LATE_SECONDS:
-            self._handle = loop.call_later(LOOK_SECONDS, self._expire, math.inf)
+        if loop.time() - due > _LATE_SECONDS:
+            self._handle = loop.call_later(_LOOK_SECONDS, self._expire, math.inf)
             return
         self._handle = None
         self.expired = True
