@@ -167,20 +167,28 @@ def test_a_gap_empties_it() -> None:
     assert witness.heard[0][0] == "invalidating_where"
 
 
-def test_after_a_time_all_entries_are_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_its_time_an_entry_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     near, _ = near_of(SingleKeyCache(), seconds=1.0)
-    first, later = revision_of(A), revision_of(B)
-    assert near.trusted() is near.store
-    put(near, first)
+    once, again = revision_of(A), revision_of(B)
+    put(near, once)
+    put(near, again)
     now[0] += 0.9
-    put(near, later)
+    put(near, again)
+    now[0] += 0.9
     assert near.trusted() is near.store
-    assert (kept(near, first), kept(near, later)) == (True, True)
+    assert (kept(near, once), kept(near, again)) == (False, True)
     now[0] += 0.2
     assert near.trusted() is near.store
-    assert (kept(near, first), kept(near, later)) == (False, False)
+    assert not kept(near, again)
+
+
+def test_what_it_remembers_of_arrivals_is_bounded() -> None:
+    near, _ = near_of(SingleKeyCache(), entries=10)
+    for number in range(5000):
+        put(near, revision_of(ResourceKey("test", "entry", str(number))))
+    assert len(near._due) < 2000
 
 
 # Behind a builder -----------------------------------------------------------------------------

@@ -31,10 +31,13 @@ from tests.contracts.caches import (
     SingleKeyCache,
     WrappedMemoryCache,
 )
+from tests.contracts.samples import value_of
 from tests.orchestration.scripted import Batch, Derived, Single, builder, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, TOP, Shop, shown
 from tests.support import (
     EPOCH,
+    LoopClock,
+    ThreadGate,
     cancel_at_every_await,
     no_leaks,
 )
@@ -261,3 +264,25 @@ async def test_a_cache_that_tells_odd_things_of_itself_does_not_fail_health(coun
     health = await shop.builder.health_snapshot()
     assert (health.cache_left_alone, health.cache_failure_count) == (False, 0)
     assert health.cache_call_count > 0
+
+
+class SlowToCopy:
+    """Takes as long to copy as its gate stays closed."""
+
+    def __init__(self, gate: ThreadGate) -> None:
+        self.gate = gate
+
+    def __deepcopy__(self, memo: object) -> SlowToCopy:
+        self.gate.pass_()
+        return self
+
+
+async def test_who_goes_on_without_a_cached_value_that_is_being_copied_is_counted() -> None:
+    """As a payload copy that ran out of time: the cache itself had answered."""
+    gate, cache = ThreadGate(), SingleKeyCache()
+    payload = SlowToCopy(gate)
+    cache.held[key("k")] = value_of(key("k"), payload, observed_at=LoopClock().now())
+    building = builder(Single("k"), cache=cache, clock=LoopClock())
+    assert (await building.build([key("k")], deadline_seconds=0.5)).value(key("k")) == ""
+    assert (await building.health_snapshot()).payload_copy_timeout_count == 1
+    gate.open()

@@ -19,6 +19,7 @@ import contextlib
 import math
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -31,6 +32,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from coalestra._endings import look_after, running_loop
@@ -72,7 +74,7 @@ class NearCache:
     Args:
         cache: the cache; it stays the application's.
         near_entries: how many entries are kept in memory.
-        near_seconds: so often all that is in memory is let go, and looked up in the cache again.
+        near_seconds: after so long an entry is looked up in the cache again.
     """
 
     def __init__(
@@ -523,7 +525,7 @@ def _odd(key: ResourceKey, answer: str) -> CacheUnavailableError:
 #    reading.
 # 2. What was read before a change of its key is never put in after it: whoever reads or writes
 #    keeps a `Filling` open meanwhile, which learns of the changes.
-# 3. After a time even trusted entries are looked up again, all of them at once.
+# 3. After a time even a trusted entry is looked up again.
 
 
 class KeyLanes:
@@ -574,7 +576,7 @@ class KeyLanes:
                 each.add_done_callback(passed)
 
 
-_MANY_CHANGES = 1_000
+_SPARE = 1_000
 
 
 @dataclass(slots=True, eq=False)
@@ -615,7 +617,7 @@ class Channel:
         self.store: EntryStore = EntryStore(entries if self._serves else 1)
         self._cache = cache
         self._fillings: dict[Filling, None] = {}
-        self._until = 0.0
+        self._due: OrderedDict[ResourceKey, float] = OrderedDict()
         self._tells = has(cache, "subscribe", "unsubscribe", "caught_up")
         self._hears = False
         if self._tells:
@@ -648,10 +650,13 @@ class Channel:
         """Return the entries, if they can be trusted at this moment."""
         if self.is_behind or not self._serves:
             return None
-        now = time.monotonic()
-        if now >= self._until:
-            self.store.clear()
-            self._until = now + self._seconds
+        if self._due:
+            now = time.monotonic()
+            gone = [key for key, _ in takewhile(lambda due: due[1] <= now, self._due.items())]
+            if gone:
+                self.store.drop(gone)
+                for key in gone:
+                    del self._due[key]
         return self.store
 
     @contextlib.contextmanager
@@ -668,20 +673,27 @@ class Channel:
         """Let those who read or write at this moment know what has changed."""
         for each in self._fillings:
             each.changes.append(versions)
-            if len(each.changes) > _MANY_CHANGES:  # of each key the latest will do
+            if len(each.changes) > _SPARE:  # of each key the latest will do
                 each.allowed(())
 
     def put(self, filling: Filling, revisions: Iterable[Revision]) -> None:
         """Keep what was read or written, unless it has changed since."""
         if not self._serves or filling not in self._fillings:
             return
+        allowed = filling.allowed(revisions)
         new: dict[ResourceKey, Revision] = {}
-        for each in filling.allowed(revisions):
+        for each in allowed:
             held = self.store.peek(each.key)
             if held is None or held.version != each.version:
                 new[each.key] = each
                 each.checked = store.UNCHECKED  # it may have been here before
         self.store.put_many(new, force=True)
+        due = time.monotonic() + self._seconds
+        for each in allowed:
+            self._due[each.key] = due
+            self._due.move_to_end(each.key)
+        if len(self._due) > 2 * len(self.store) + _SPARE:  # most have left it since
+            self._due = OrderedDict((k, due) for k, due in self._due.items() if k in self.store)
 
     def wrote(self, filling: Filling, outcomes: Collection[Outcome]) -> None:
         """Keep what this process has stored, or found; what others of it read before is not kept.
@@ -720,6 +732,7 @@ class Channel:
     def missed(self) -> None:
         """Learn that anything may have changed."""
         self._fillings.clear()  # whatever they have read may be old
+        self._due.clear()
         self.on_their_way.clear()
         self.store.clear()
         self.listeners.tell(lambda each: each.invalidating_where(lambda _: True))
@@ -782,6 +795,7 @@ class CacheAccess:
             None, and all is read and written through here.
         subscribers: who hears of changes through this view, on any event loop; held weakly.
         leases: whether the cache says who is to acquire a key, and stores for him alone.
+        copying: the keys of what has been read and is being copied in at this moment.
         tolerance: how many seconds ahead of the clock what is held may be dated.
     """
 
@@ -800,6 +814,7 @@ class CacheAccess:
         self.calls: CacheCalls = CacheCalls(cache, max_pending_tasks, failed, log)
         self.leases: bool = has(cache, "lease_many", "fulfil_many", "release_many")
         self.copies: PayloadCopies = copies
+        self.copying: dict[ResourceKey, None] = {}
         self.tolerance: float = store.future_tolerance(observation)
         if self.store is not None:
             self.store.tolerate(self.tolerance)
@@ -927,10 +942,13 @@ class CacheAccess:
         revisions: dict[ResourceKey, Revision] = {}
 
         async def seal(key: ResourceKey) -> None:
+            self.copying[key] = None
             try:
                 revisions[key] = await seal_value(self.copies, values[key], _READ)
             except Exception as error:
                 self.calls.tell("read", {key: error})
+            finally:
+                self.copying.pop(key, None)
 
         self.calls.pace.begin()
         await self.copies.each(values, seal, self.calls.pace)

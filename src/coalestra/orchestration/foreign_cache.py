@@ -129,6 +129,7 @@ class CacheReads:
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:
             if gather in read.waiters:
+                self.parts.copies.count_timeouts(read.key in self.parts.access.copying)
                 del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None

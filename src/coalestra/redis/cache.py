@@ -154,7 +154,7 @@ class RedisCache:
         models: the application's own types that values may hold; see `MessagePackCodec`.
         codec: writes and reads values instead of `MessagePackCodec`.
         near_entries: how many entries are kept in memory as well; 0 for none.
-        near_seconds: so often all entries in memory are let go, even without news.
+        near_seconds: after so long an entry in memory is looked up again even without news.
         time_limit_seconds: how long one round trip to the server may take.
         lease_seconds: how long the others wait for a process that has died.
         max_value_bytes: how large one value may be, encoded.
