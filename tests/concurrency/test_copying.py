@@ -20,6 +20,7 @@ import sys
 import threading
 import uuid
 import zoneinfo
+from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import pytest
