@@ -645,6 +645,24 @@ async def test_a_forced_value_waits_for_the_word_of_the_cache_where_ranks_differ
     assert forced[BASE].metadata["superseded_source"] == "stock"
 
 
+@KINDS
+async def test_what_is_too_old_for_use_keeps_no_lower_rank_out(kind: Kind) -> None:
+    """A memory cache drops such entries; one of one's own may keep them for ever."""
+    cache = kind()
+    vars(cache)["validates_source_authority"] = True
+    rules = SourceAuthorityPolicy({"stream": 2})
+    single, clock = Single("b"), ManualClock()
+    building = builder(
+        single, cache=cache, clock=clock, authority_policy=rules,
+        default_policy=FreshnessPolicy(1, 10),
+    )  # fmt: skip
+    await building.publisher.publish(KEYS[0], "event", source="stream")
+    clock.advance(11)
+    for _ in range(2):
+        await building.build([KEYS[0]])
+    assert len(single.calls) == 1
+
+
 # The order between builders that share a store ----------------------------------------------------
 
 

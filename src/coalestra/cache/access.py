@@ -1413,8 +1413,15 @@ class _Write:
         return not to_be_dated or revision_of(current).began > 0
 
     def _status(self, key: ResourceKey, current: SnapshotValue[Any]) -> CacheWriteStatus:
-        equal, horizon = self.terms.replace_equal, self.terms.now + self.cache.tolerance
-        return decide(self.offered[key], revision_of(current), replace_equal=equal, horizon=horizon)
+        """Say what becomes of a value; what is read in place of one too old for use replaces it."""
+        offered, terms = self.offered[key], self.terms
+        oldest = -math.inf
+        if offered.attempts and key in terms.policies:
+            oldest = terms.now - terms.policies[key].max_stale_seconds
+        if current.observed_at < min(oldest, offered.observed_at):
+            return _STORED
+        equal, horizon = terms.replace_equal, terms.now + self.cache.tolerance
+        return decide(offered, revision_of(current), replace_equal=equal, horizon=horizon)
 
     async def _store(self, keys: Iterable[ResourceKey], held: Found, *, insist: bool) -> None:
         values = {key: self.values[key] for key in keys}
