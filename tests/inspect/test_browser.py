@@ -18,12 +18,17 @@ from tests.support.browser import a_browser
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright for Python here")
-
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "images"
 WAIT_MS = 15_000
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
+
+
+def expect(found: Any) -> Any:
+    """Ask Playwright, which takes long to load, only in a test that has a browser of it."""
+    from playwright import sync_api
+
+    return sync_api.expect(found)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def visit(browser: Browser) -> Iterator[Open]:
 
 def wait(page: Page, words: str, part: str = "body") -> None:
     """Wait until a part of the page holds these words."""
-    playwright.expect(page.locator(part)).to_contain_text(re.compile(words), timeout=WAIT_MS)
+    expect(page.locator(part)).to_contain_text(re.compile(words), timeout=WAIT_MS)
 
 
 def focused(page: Page) -> str:
@@ -96,11 +101,11 @@ def test_an_operator_reads_what_is_wrong_and_what_to_do(farm: Farm, visit: Open)
     wait(page, "A source keeps failing and is left alone: weather", "#findings")
     wait(page, "tried again by itself", "#findings")
     row = page.locator("#sources tr", has_text="weather").first
-    playwright.expect(row).to_contain_text("Left alone")
-    playwright.expect(row).to_contain_text(
+    expect(row).to_contain_text("Left alone")
+    expect(row).to_contain_text(
         re.compile(r"Circuit open for \d+ seconds?; calls are refused\. Next try in \d+ seconds?")
     )
-    playwright.expect(row).to_contain_text("ConnectionError")
+    expect(row).to_contain_text("ConnectionError")
     assert page.title() == "Degraded · Farm"
     assert not re.search(r"\d{4,}\.\d", page.locator("main").inner_text()), "no bare clock readings"
 
@@ -140,7 +145,7 @@ def test_it_is_renewed_in_place_while_one_reads(farm: Farm, visit: Open) -> None
     page.evaluate("document.querySelector('#sources tbody tr').marked = 'kept'")
     calls = page.locator("#sources tbody tr").first.locator("td").nth(2)
     before = calls.inner_text()
-    playwright.expect(calls).not_to_have_text(before, timeout=WAIT_MS)
+    expect(calls).not_to_have_text(before, timeout=WAIT_MS)
     assert page.evaluate("document.querySelector('#sources tbody tr').marked") == "kept"
 
 
@@ -160,7 +165,7 @@ def test_a_source_that_is_too_slow_for_its_readers_is_seen(visit: Open) -> None:
     with Farm(deadline_seconds=0.02).open() as farm:
         page = visit(farm.url)
         row = page.locator("#sources tr", has_text="prices").first
-        playwright.expect(row).to_contain_text(
+        expect(row).to_contain_text(
             re.compile(r"Too late.*calls in a row came too late for the deadlines"), timeout=WAIT_MS
         )
         wait(page, "Raise the deadline", "#findings")
@@ -191,7 +196,7 @@ def test_whatever_names_hold_is_shown_as_text(visit: Open) -> None:
 def test_very_many_sources_with_long_names_are_shown(visit: Open) -> None:
     with Farm(more=120).open() as farm:
         page = visit(farm.url)
-        playwright.expect(page.locator("#sources tbody tr")).to_have_count(127)
+        expect(page.locator("#sources tbody tr")).to_have_count(127)
         assert page.evaluate("document.documentElement.scrollWidth") <= 1280
 
 
@@ -205,7 +210,7 @@ def test_a_trace_is_opened_read_and_closed(farm: Farm, visit: Open) -> None:
     button.wait_for()
     page.locator("#pause").click()  # or a slower trace may come and be the first
     button.click()
-    playwright.expect(button).to_have_attribute("aria-expanded", "true")
+    expect(button).to_have_attribute("aria-expanded", "true")
     frame = page.frame_locator("#waterfall iframe")
     frame.get_by_text("cost-model").first.wait_for()
     higher = "least => document.querySelector('#waterfall iframe').clientHeight > least"
@@ -219,7 +224,7 @@ def test_a_trace_is_opened_read_and_closed(farm: Farm, visit: Open) -> None:
     for link in links:
         assert page.request.get(link).status == 200
     page.keyboard.press("Escape")
-    playwright.expect(page.locator("#waterfall iframe")).to_have_count(0)
+    expect(page.locator("#waterfall iframe")).to_have_count(0)
     assert "build" in focused(page), "the focus is back on the trace"
 
 
@@ -236,7 +241,7 @@ def test_everything_can_be_reached_and_used_by_keyboard(farm: Farm, visit: Open)
     page.keyboard.press("Shift+Tab")
     assert focused(page) == "Pause"
     page.keyboard.press("Enter")
-    playwright.expect(page.locator("#pause")).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#pause")).to_have_attribute("aria-pressed", "true")
     wait(page, "Paused at", "#live")
     reached = []
     for _ in range(40):
@@ -283,9 +288,9 @@ def test_the_focus_stays_though_a_row_above_it_goes(farm: Farm, visit: Open) -> 
 def test_a_kind_in_the_graph_lights_up_what_it_is_tied_to(farm: Farm, visit: Open) -> None:
     page = visit(farm.url, "market:price", "#graph")
     page.locator("#graph g[aria-label^='farm:need']").focus()
-    playwright.expect(page.locator("#graph path.lit")).to_have_count(3)
+    expect(page.locator("#graph path.lit")).to_have_count(3)
     page.locator("#pause").focus()
-    playwright.expect(page.locator("#graph path.lit")).to_have_count(0)
+    expect(page.locator("#graph path.lit")).to_have_count(0)
 
 
 # How it looks -------------------------------------------------------------------------------------
@@ -371,13 +376,13 @@ def test_it_says_when_it_is_cut_off_since_when_and_comes_back_by_itself(visit: O
         page.clock.fast_forward(8_000)
         wait(page, r"Not connected since \d\d:\d\d:\d\d\. What you see is from then", "#cut")
         wait(page, "Not connected", "#live")
-        playwright.expect(page.locator("body")).to_have_class("old")
+        expect(page.locator("body")).to_have_class("old")
         assert page.locator("#said").inner_text().startswith("Not connected since")
         farm.serve_again()
         wait(page, "Live", "#live")
-        playwright.expect(page.locator("#cut")).to_be_hidden()
+        expect(page.locator("#cut")).to_be_hidden()
         said = re.compile(r"Connected again\.|The builder is .* now\.")  # the latest counts
-        playwright.expect(page.locator("#said")).to_have_text(said)
+        expect(page.locator("#said")).to_have_text(said)
 
 
 def test_a_page_that_is_seldom_renewed_is_not_taken_for_cut_off(visit: Open) -> None:
@@ -401,7 +406,7 @@ def test_it_says_when_one_may_not_read_it_any_more(visit: Open) -> None:
         allowed.append(True)
         page.clock.fast_forward(16_000)
         wait(page, "Live", "#live")
-        playwright.expect(page.locator("#cut")).to_be_hidden()
+        expect(page.locator("#cut")).to_be_hidden()
 
 
 def test_a_page_nobody_looks_at_asks_for_nothing(farm: Farm, visit: Open) -> None:

@@ -81,7 +81,6 @@ def test_a_handler_that_raises_at_any_line_of_a_build_leaves_nothing_behind() ->
 
 CALLS: dict[str, Callable[[SyncSnapshotBuilder], object]] = {
     "submit": lambda facade: facade.publisher.submit_publish(PRICE, 1, source="main"),
-    "publish": lambda facade: facade.publisher.publish(PRICE, 1, source="main"),
     "build": lambda facade: facade.build([PRICE]),
     "flush": lambda facade: facade.publisher.flush(timeout_seconds=PATIENCE),
     "close": lambda facade: facade.close(),
