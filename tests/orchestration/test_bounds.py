@@ -262,16 +262,35 @@ class Turns:
         return max(self.counts.values())
 
 
-async def test_calls_that_never_wait_give_others_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("what, in_one_build, most", [
+    ("calls that never wait", True, 2 * 8), ("values that are taken in", True, 2),
+    ("builds that begin at once", False, 8),
+])  # fmt: skip
+async def test_what_there_is_much_of_gives_others_a_turn(
+    what: str, in_one_build: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turns = Turns(monkeypatch)
 
-    async def fetch(k: ResourceKey, context: FetchContext) -> str:
-        turns.count()
-        return ""
+    def counting(passed: Any, kind: str) -> Any:
+        if what == kind:
+            turns.count()
+        return passed
 
-    building = builder(Single("x", fetch=fetch), max_pending_tasks=2)
-    keys = [key("x", str(i)) for i in range(500)]
-    assert await turns.most(building.build(keys)) <= 2 * 8
+    async def fetch(k: ResourceKey, context: FetchContext) -> Any:
+        return counting("", "calls that never wait")
+
+    class Asked(Single):
+        def supports(self, key: ResourceKey) -> bool:
+            return bool(counting(super().supports(key), "builds that begin at once"))
+
+    building = builder(
+        Asked("x", fetch=fetch), Batch("y"), max_pending_tasks=2,
+        payload_copier=lambda value: counting(value, "values that are taken in"),
+    )  # fmt: skip
+    name = "y" if what == "values that are taken in" else "x"
+    keys = [key(name, str(number)) for number in range(500 if in_one_build else 100)]
+    builds = [keys] if in_one_build else [[each] for each in keys]
+    assert await turns.most(asyncio.gather(*map(building.build, builds))) <= most
 
 
 @pytest.mark.parametrize("in_session", [False, True])
@@ -295,18 +314,6 @@ async def test_many_warm_requests_let_others_have_a_turn(
     await place.try_requests(requests)
     turns.counts.clear()
     assert await turns.most(place.try_requests(requests, max_concurrency=2)) <= 2
-
-
-async def test_many_values_are_taken_in_over_many_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = Turns(monkeypatch)
-
-    def copier(value: Any) -> Any:
-        turns.count()
-        return value
-
-    building = builder(Batch("x"), payload_copier=copier)
-    keys = [key("x", str(i)) for i in range(500)]
-    assert await turns.most(building.build(keys)) <= 2
 
 
 @pytest.mark.parametrize("form", ["build", "derived", "revalidate"])
@@ -337,19 +344,6 @@ async def test_errors_are_made_over_many_turns(form: str, monkeypatch: pytest.Mo
     }
     assert await turns.most(works[form]()) <= 128
     assert sum(turns.counts.values()) >= 500
-
-
-async def test_builds_that_begin_in_a_turn_share_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = Turns(monkeypatch)
-
-    class Counting(Single):
-        def supports(self, key: ResourceKey) -> bool:
-            turns.count()
-            return super().supports(key)
-
-    building = builder(Counting("x"))
-    builds = [building.build([key("x", str(number))]) for number in range(100)]
-    assert await turns.most(asyncio.gather(*builds)) <= 8
 
 
 async def test_deadlines_that_strike_at_once_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

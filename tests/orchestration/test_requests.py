@@ -338,17 +338,6 @@ async def test_a_wrong_argument_raises(ask: Ask) -> None:
         await ask(building, request, metadata=1)
 
 
-async def test_a_wrong_argument_of_a_session_raises() -> None:
-    session = serving(a=1).session()
-    request = SnapshotRequest(required=[A])
-    with pytest.raises(TypeError, match="retry_errors"):
-        await session.resolve_request(request, retry_errors=1)  # type: ignore[arg-type]  # so
-    with pytest.raises(TypeError, match="retry_errors"):
-        await session.try_request(request, retry_errors=1)  # type: ignore[arg-type]  # so
-    with pytest.raises(TypeError, match="retry_errors"):
-        await session.try_requests([request], retry_errors=1)  # type: ignore[call-overload]  # so
-
-
 async def test_a_closed_builder_or_session_raises() -> None:
     building = serving(a=1)
     request = SnapshotRequest(required=[A])

@@ -123,19 +123,19 @@ async def test_a_policy_says_which_errors_are_tried_again(kind: type[Scripted]) 
     assert snapshot.diagnostics.retries == 2
 
 
-async def test_an_error_that_is_raised_again_each_time_tells_of_every_attempt() -> None:
-    async def fails(*asked: Any) -> Any:
-        raise DOWN
+async def _same_again(*asked: Any) -> Any:
+    raise DOWN
 
-    source = tuned(Single("x", fetch=fails), resilience_policy=retrying_on(None))
+
+@pytest.mark.parametrize("fetch, retry_on, error, attempts", [
+    (_same_again, None, "ConnectionError", 3), (latency(50), (), "SourceTimeoutError", 1),
+])  # fmt: skip
+async def test_an_error_raised_again_tells_of_each_attempt_and_a_time_out_is_tried_if_asked_for(
+    fetch: Any, retry_on: Any, error: str, attempts: int
+) -> None:
+    source = tuned(Single("x", fetch=fetch, timeout=2.0), resilience_policy=retrying_on(retry_on))
     (failure,) = failures(await attempt(builder(source)))
-    assert failure.attempts == 3
-
-
-async def test_a_time_out_is_tried_again_only_if_the_policy_says_so() -> None:
-    source = tuned(Single("x", fetch=latency(50), timeout=2.0), resilience_policy=retrying_on(()))
-    (failure,) = failures(await attempt(builder(source)))
-    assert (failure.error_type, failure.attempts) == ("SourceTimeoutError", 1)
+    assert (failure.error_type, failure.attempts) == (error, attempts)
 
 
 @pytest.mark.parametrize(

@@ -364,14 +364,6 @@ async def test_a_failed_key_that_was_read_as_a_dependency_has_a_value_and_no_err
     assert (await session.resolve([BASE])).complete
 
 
-@pytest.mark.parametrize("argument", ["strict", "retry_errors"])
-async def test_flags_must_be_bools(argument: str) -> None:
-    session = await Shop().session()
-    wrong: dict[str, Any] = {argument: 1}
-    with pytest.raises(TypeError, match=argument):
-        await session.resolve([BASE], **wrong)
-
-
 # A policy that cannot be told
 
 

@@ -448,6 +448,7 @@ async def test_an_unsafe_source_is_refused_unless_allowed_and_then_health_is_cri
 
 @pytest.mark.parametrize("argument, wrong", [
     ("metadata", 1), ("metadata", ["a"]), ("snapshot_id", 1), ("snapshot_id", ""), ("strict", 1),
+    *[("trace", wrong) for wrong in (1, "yes", 0.5)],
     *[("deadline_seconds", wrong) for wrong in (0, -1, NAN, INF, True, "1", [1])],
 ])  # fmt: skip
 async def test_wrong_arguments_are_named_by_a_build_and_by_a_session(
@@ -459,6 +460,22 @@ async def test_wrong_arguments_are_named_by_a_build_and_by_a_session(
     if argument != "strict":  # which a session takes at each stage
         with pytest.raises((TypeError, ValueError), match=argument):
             made().session(**settings)
+
+
+@pytest.mark.parametrize("method, arguments", [
+    ("resolve", ["strict", "retry_errors"]), ("resolve_request", ["retry_errors"]),
+    ("try_request", ["retry_errors"]), ("try_requests", ["retry_errors"]),
+    ("revalidate", ["strict", "force_refresh", "consistency_policy", "acceptance_policy"]),
+])  # fmt: skip
+async def test_arguments_of_a_session_of_the_wrong_type_are_named(
+    method: str, arguments: list[str]
+) -> None:
+    session, request = made().session(), SnapshotRequest(required=[key("s")])
+    await session.resolve([key("s")])
+    asked = {"resolve_request": request, "try_request": request, "try_requests": [request]}
+    for argument in arguments:
+        with pytest.raises(TypeError, match=argument):
+            await getattr(session, method)(asked.get(method, [key("s")]), **{argument: 1})
 
 
 async def test_metadata_that_cannot_be_copied_is_named_with_what_to_do() -> None:

@@ -332,9 +332,11 @@ async def test_dependencies_may_be_cached_fetched_batched_or_derived() -> None:
     assert len(cached.calls) == 1
 
 
-async def test_a_dependency_named_twice_is_one() -> None:
-    building = builder(Single("base"), Derived("x", needs=lambda k: [BASE, BASE]))
-    assert (await building.build([K])).value(K) == ("",)
+@pytest.mark.parametrize("declared", [BASE, [BASE, BASE]], ids=["bare", "twice"])
+async def test_one_key_named_alone_or_twice_is_one_dependency(declared: Any) -> None:
+    source: Any = Derived("x", needs=lambda k: [])
+    source.dependencies = lambda k: declared
+    assert (await builder(source, Single("base")).build([K])).value(K) == ("",)
 
 
 @pytest.mark.parametrize(
@@ -349,12 +351,6 @@ async def test_a_dependency_that_is_no_key_is_a_protocol_error(declared: Any) ->
     failures = await failures_of(builder(source, Single("base")), K)
     assert types(failures) == [("x", "SourceProtocolError")]
     assert "ResourceKey" in failures[0].message
-
-
-async def test_one_key_instead_of_a_collection_counts_as_that_dependency() -> None:
-    source: Any = Derived("x", needs=lambda k: [])
-    source.dependencies = lambda k: BASE
-    assert (await builder(source, Single("base")).build([K])).value(K) == ("",)
 
 
 def broken_by(error: BaseException) -> Callable[[], Iterator[ResourceKey]]:

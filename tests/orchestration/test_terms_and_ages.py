@@ -452,18 +452,11 @@ async def test_it_is_no_longer_failing_once_a_refresh_has_succeeded() -> None:
     assert await it.state() is UNDER_WAY
 
 
-async def test_of_a_value_that_was_cleared_away_no_refresh_is_failing() -> None:
-    it = Refreshed()
-    await it.fail()
-    assert await it.failing() == 1
-    await it.builder.publisher.cache.clear()
-    assert await it.failing() == 0
-
-
-async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
-    for renew in ("publish", "force", "build"):
+async def test_another_value_of_the_key_has_no_failed_refresh_nor_has_none() -> None:
+    for renew in ("publish", "force", "clear", "build"):
         it = Refreshed()
         await it.fail()
+        assert await it.failing() == 1
         it.down = None
         if renew == "publish":
             await it.builder.publisher.publish(X, "event", source="stream")
@@ -471,6 +464,10 @@ async def test_another_value_of_the_key_has_no_failed_refresh() -> None:
             async with it.builder.session() as session:
                 await session.resolve([X])
                 await session.revalidate([X], force_refresh=True)
+        elif renew == "clear":
+            await it.builder.publisher.cache.clear()
+            assert await it.failing() == 0
+            await it.builder.build([X])
         else:
             await it.builder.publisher.invalidate(X)
             await it.builder.build([X])

@@ -99,12 +99,6 @@ async def test_a_rate_is_the_share_of_builds_that_are_traced(
     assert sum(snapshot.trace is not None for snapshot in found) == traced
 
 
-@pytest.mark.parametrize("asked", [1, "yes", 0.5])
-async def test_a_single_build_is_traced_or_not(asked: Any) -> None:
-    with pytest.raises(TypeError, match="trace"):
-        await builder(Single("a")).build([A], trace=asked)
-
-
 async def test_a_trace_stays_the_same_and_goes_where_its_snapshot_goes() -> None:
     snapshot = await builder(Single("a", fetch=latency(1))).build([A], trace=True)
     again = pickle.loads(pickle.dumps(snapshot))  # before anybody has looked
