@@ -65,6 +65,11 @@ async def echo(key: ResourceKey, context: FetchContext) -> Any:
     return key.subject
 
 
+async def down(key: ResourceKey, context: FetchContext) -> Any:
+    """Fail at once."""
+    raise ConnectionError("down")
+
+
 class Single(Scripted):
     """Serves one key at a time, as `fetch` says."""
 

@@ -29,6 +29,7 @@ from tests.orchestration.scripted import (
     Scripted,
     Single,
     builder,
+    down,
     held_at,
     key,
     latency,
@@ -125,12 +126,9 @@ async def test_what_is_read_after_another_process_has_stored_a_value_is_newer_th
 
 @pytest.mark.parametrize("stale", [False, True])
 async def test_what_was_published_of_a_queued_key_stands_in_while_it_may(stale: bool) -> None:
-    async def fail(k: ResourceKey, context: FetchContext) -> Any:
-        raise ConnectionError("down")
-
     gate = Gate()
     policy = FreshnessPolicy(1_000.0, 2_000.0, allow_stale_on_error=False)
-    sources = [Single("x", fetch=fail), gated("busy", gate)]
+    sources = [Single("x", fetch=down), gated("busy", gate)]
     building = builder(*sources, max_concurrency=1, default_policy=policy)
     busy = await begun(building.build([key("busy")]), gate)
     reader = await begun(building.build([K], strict=False))

@@ -20,7 +20,7 @@ from coalestra import (
     SourcePayload,
 )
 from tests.contracts.caches import BatchCache
-from tests.orchestration.scripted import Derived, Single, builder, key
+from tests.orchestration.scripted import Derived, Single, builder, down, key
 from tests.support import EPOCH, ManualClock, ThreadGate
 
 A, B = key("a"), key("b")
@@ -125,9 +125,6 @@ async def test_what_answers_with_nothing_of_use_fails_too(records: Records) -> N
 
 
 async def test_a_failed_dependency_is_no_failure_of_what_derives_from_it(records: Records) -> None:
-    async def down(k: ResourceKey, context: FetchContext) -> Any:
-        raise ConnectionError
-
     derived = Derived("sum", needs=lambda k: [A])
     async with builder(Single("wire", "a", fetch=down), derived) as building:
         await building.build([key("sum")], strict=False)

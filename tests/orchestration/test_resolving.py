@@ -26,7 +26,7 @@ from coalestra import (
     SourceUnavailableError,
 )
 from tests.contracts.caches import SingleKeyCache
-from tests.orchestration.scripted import LASTING, Derived, Single, builder, key
+from tests.orchestration.scripted import LASTING, Derived, Single, builder, down, key
 from tests.orchestration.stock import BASE, MIDDLE, OTHER, Shop, Stock, shown
 from tests.support import EPOCH, Gate, begun, settle
 
@@ -45,10 +45,6 @@ def old(value: Any, age: float) -> Any:
         return SourcePayload(value, observed_at=context.requested_at - age)
 
     return fetch
-
-
-async def failing(key: ResourceKey, context: FetchContext) -> Any:
-    raise SourceUnavailableError("down")
 
 
 async def refused(building: Any, *keys: ResourceKey) -> Mapping[ResourceKey, Exception]:
@@ -192,7 +188,7 @@ async def test_a_policy_that_raises_for_a_dependency_fails_what_is_derived_from_
 
 
 async def test_the_first_fresh_value_wins_and_goes_to_the_cache() -> None:
-    first = Single("first", "x", fetch=failing, priority=3)
+    first = Single("first", "x", fetch=down, priority=3)
     second = Single("second", "x", priority=2)
     third = Single("third", "x", priority=1)
     building = builder(first, second, third)
@@ -236,7 +232,7 @@ async def test_the_newest_stale_payload_stands_in_when_all_fail(ages: tuple[int,
     building = builder(
         Single("one", "x", fetch=old("one", ages[0]), priority=3),
         Single("two", "x", fetch=old("two", ages[1]), priority=2),
-        Single("down", "x", fetch=failing, priority=1),
+        Single("down", "x", fetch=down, priority=1),
         default_policy=BLOCKING,
     )
     snapshot = await building.build([key("x")])

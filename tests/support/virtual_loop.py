@@ -7,6 +7,7 @@ thread that could still post something, it raises ``Deadlock`` instead of waitin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import selectors
@@ -14,10 +15,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextvars import Context
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
 
 from tests.support.thread_watch import ThreadWatch, threads_held
 
@@ -259,6 +262,15 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         owner = self._thread_id
         if owner is not None and owner != threading.get_ident():
             raise RuntimeError(f"{method} from another thread; use call_soon_threadsafe")
+
+
+@contextlib.contextmanager
+def taking(seconds: float, *, within: float = 1e-6) -> Iterator[None]:
+    """Assert that the block takes just so long by the time of the running loop."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    yield
+    assert loop.time() - began == pytest.approx(seconds, abs=within)
 
 
 def loop_turn() -> int:
