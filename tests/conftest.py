@@ -20,7 +20,7 @@ from tests.support.running import closes_loops_and_tells, until_logged
 
 # Examples are timed on the clock of a machine that may be busy with something else. Continuous
 # integration asks for `--hypothesis-profile=thorough`.
-for profile, examples in {"brief": 20, "thorough": 100}.items():
+for profile, examples in {"brief": 10, "thorough": 100}.items():
     settings.register_profile(
         profile,
         max_examples=examples,
