@@ -22,10 +22,12 @@ from coalestra import (
     SourcePayload,
     SourceResiliencePolicy,
 )
+from coalestra.concurrency import pace
+from coalestra.orchestration import readings, singleflight
 from tests.observability.recording import Recorder
 from tests.orchestration.scripted import Batch, Derived, Single, builder, down, key, latency, tuned
-from tests.orchestration.stock import Stock
-from tests.support import ManualClock, ThreadGate, settle, taking
+from tests.orchestration.stock import BASE, MIDDLE, OTHER, Shop, Stock, shown
+from tests.support import Gate, ManualClock, ThreadGate, VirtualLoop, settle, taking
 
 pytestmark = pytest.mark.concurrency
 
@@ -251,3 +253,27 @@ async def test_a_deadline_is_told_once_of_what_is_derived_from_what_is_late() ->
         (failure,) = error.failures
         assert (failure.source, failure.attempts) == ("x", 0)
         assert failure.error_type == "SnapshotDeadlineExceededError"
+
+
+@pytest.mark.parametrize("step", range(8))
+async def test_a_loop_held_at_the_deadline_lets_nobody_see_old_beside_new(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine may be so late then that a timer of the reader's own ends his waiting."""
+    monkeypatch.setattr(pace, "SLICE_SECONDS", -0.5)
+    for module, name in ((singleflight, "_KEYS_PER_STEP"), (readings, "_PER_SLICE")):
+        monkeypatch.setattr(module, name, 1)
+    loop, shop = asyncio.get_running_loop(), Shop()
+    assert isinstance(loop, VirtualLoop)
+    await shop.builder.build([MIDDLE])
+    shop.stock.before = Gate().pass_
+    work = shop.builder.build([BASE, MIDDLE, OTHER], strict=False, deadline_seconds=2.0)
+    building = asyncio.ensure_future(work)
+    await shop.publish(BASE, 2)
+    await asyncio.sleep(1.0)
+    while not building.done():
+        step -= 1
+        loop.be_busy(1.0 if step < 0 else 0.0)
+        await asyncio.sleep(0)
+    assert shown(await building) in ({BASE: 1, MIDDLE: (1,)}, {BASE: 2})
+    await shop.builder.aclose()

@@ -34,7 +34,7 @@ from coalestra import (
 )
 from tests.contracts.caches import FOREIGN, LeasingCache
 from tests.orchestration.scripted import Batch, Derived, Single, key
-from tests.support import Panic
+from tests.support import Panic, VirtualLoop
 
 TICK = 1e-6
 """How far the clock moves with every reading, so that no two readings tie."""
@@ -239,9 +239,11 @@ class World:
         self.vanishes = chance.random() < 0.5
         self.prompt = chance.choice((0.0, 0.5, 0.95))
         self.nests = chance.random() < 0.3
-        self.mutable = chance.random() < 0.3
         self.odd = not self.calm and chance.random() < 0.3
         self.narrow = not self.calm and chance.random() < 0.3
+        self.hold = 0.2 if self.wild and chance.random() < 0.3 else 0.0
+        self.held_seconds = 0.0
+        self.mutable = not self.hold and chance.random() < 0.3
         self.closes = chance.random() < 0.1
         self.closed = False
         self.seen: dict[str, int] = {}
@@ -291,8 +293,9 @@ class World:
         retry = RetryPolicy(max_attempts=chance.randint(1, 2), base_delay_seconds=0.1)
         cache: Any = AsyncMemoryCache(max_entries=chance.choice((None, 6)))
         kind = chance.random()
+        self.leases = kind < 0.1
         if kind < 0.4:
-            cache = (GivingLeases if kind < 0.1 else AwaitedCache)(chance, self.wild)
+            cache = (GivingLeases if self.leases else AwaitedCache)(chance, self.wild)
             if chance.random() < 0.3:
                 cache = NearCache(cache, near_entries=chance.choice((3, 100)), near_seconds=1_000)
         self.ranked = isinstance(cache, AsyncMemoryCache) and chance.random() < 0.3
@@ -404,9 +407,10 @@ class World:
     def known(self) -> dict[ResourceKey, int]:
         """Return what is known by now of base keys: they were told of, or somebody has seen it.
 
-        What a cache that fails has not stored is not seen again, nor what news outranks.
+        What a cache that fails has not stored is not seen again, nor what news outranks, or was
+        acquired under a lease that news have ended.
         """
-        seen = {} if self.wild or self.ranked else self.seen
+        seen = {} if self.wild or self.ranked or self.leases else self.seen
         return {k: max(number, seen.get(str(k), 0)) for k, number in self.floor.items()}
 
     def is_absent(self, number: int) -> bool:
@@ -435,7 +439,12 @@ class World:
 
     async def pause(self) -> None:
         """Take a moment, or none."""
+        loop = asyncio.get_running_loop()
         for _ in range(self.chance.randint(0, 2)):
+            if self.chance.random() < self.hold and isinstance(loop, VirtualLoop):
+                seconds = self.chance.choice((0.1, 1, 3))
+                self.held_seconds += seconds
+                loop.be_busy(seconds)
             await asyncio.sleep(self.chance.choice((0, 0, 0.1, 1)))
 
     async def work(self) -> None:

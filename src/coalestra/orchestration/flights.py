@@ -38,7 +38,7 @@ from coalestra.cache.access import CacheAccess
 from coalestra.concurrency.capacity import CapacityController
 from coalestra.concurrency.copying import PayloadCopies
 from coalestra.concurrency.deadline import Deadline
-from coalestra.concurrency.pace import Pace
+from coalestra.concurrency.pace import Pace, Slices
 from coalestra.concurrency.threads import WorkerThreads
 from coalestra.concurrency.waits_for import WaitsFor
 from coalestra.core.errors import (
@@ -73,6 +73,7 @@ from coalestra.orchestration.readings import (
     Reading,
     Settlement,
     View,
+    at_odds,
     pin_all,
 )
 from coalestra.orchestration.sources import Chains, Link
@@ -647,6 +648,17 @@ class Gather:
                 if pin.revision is not reading.revision:
                     self.readings[key] = pin
 
+    def drop_odd(self) -> Slices[None]:
+        """Let fail, as at the deadline, what does not agree with the rest of what was read."""
+        odd: Collection[ResourceKey] = ()
+        self.agreed = None
+        while not self.agrees:
+            self.yield_to_pins()
+            odd = yield from at_odds(self.readings, self.base)
+        for key in odd:
+            del self.readings[key]
+            self.failures[key] = late(key, self.work.deadline, None)
+
     def settle_pins(self) -> None:
         """Hold fast to what has been read so far, so that what is derived anew agrees with it.
 
@@ -665,8 +677,15 @@ class Gather:
     def tell(self) -> None:
         """Tell who waits, once, what it has come to."""
         if not self.over:
-            self.over = True
+            self.end()
             self.done(self)
+
+    def end(self) -> None:
+        """Be over, with what it has come to."""
+        self.over = True
+        for key, log in self.logs.items():
+            reading, failure = self.readings.get(key), self.failures.get(key)
+            log.settled(reading, failure, pinned=key in self.base)
 
     def receive(self, key: ResourceKey, settlement: Settlement, joined: bool) -> Reading | None:
         """Take what a flight ended with; return the reading, if it came to one.

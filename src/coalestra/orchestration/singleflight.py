@@ -33,7 +33,7 @@ from typing import Any
 
 from coalestra._endings import PROGRAM_ENDS, pass_on
 from coalestra.cache.store import Held, decide
-from coalestra.concurrency.pace import Pace, portions
+from coalestra.concurrency.pace import Pace, at_once, portions
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyCycleError,
@@ -1458,10 +1458,6 @@ class SingleFlight:
             self._tell(gather)
 
     def _tell(self, gather: Gather) -> None:
-        if gather.logs and not gather.over:
-            for key, log in gather.logs.items():
-                reading, failure = gather.readings.get(key), gather.failures.get(key)
-                log.settled(reading, failure, pinned=key in gather.base)
         gather.tell()
         if gather.owner is None:
             self.agenda.leave_room()
@@ -1538,14 +1534,7 @@ class SingleFlight:
                 yield
         if gather.told != self._told and gather.readings:
             yield from self._take_news(gather)
-        odd: Collection[ResourceKey] = ()
-        gather.agreed = None
-        while not gather.agrees:
-            gather.yield_to_pins()
-            odd = yield from at_odds(gather.readings, gather.base)
-        for key in odd:
-            del gather.readings[key]
-            gather.failures[key] = late(key, gather.work.deadline, None)
+        yield from gather.drop_odd()
         self._tell(gather)
 
     def _strike_key(
@@ -1710,7 +1699,7 @@ class Stage(Gather):
     def tell(self) -> None:
         """Let the task go on, once."""
         if not self.over:
-            self.over = True
+            self.end()
             try:
                 self.done(self)
             except BaseException as error:
@@ -1726,6 +1715,7 @@ class Stage(Gather):
         settled = {**self.readings, **self.failures}  # which asks no key for its hash
         for key in set(self.keys).difference(settled):
             self.failures[key] = late(key, self.work.deadline, None)
+        at_once(self.drop_odd())
         self.tell()
 
     def fail(self, error: BaseException) -> None:
