@@ -304,6 +304,25 @@ async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not()
     await building.aclose()
 
 
+async def test_who_comes_while_a_reader_in_a_hurry_is_at_a_source_is_served_by_the_cache() -> None:
+    async def fail(_key: ResourceKey, _context: FetchContext) -> Any:
+        await at_source.pass_()
+        raise SourceUnavailableError("down")
+
+    at_source = Gate()
+    cache, gate = hanging(SingleKeyCache, "get")
+    cache.held[key("k")] = value_of(key("k"), "cached", observed_at=LoopClock().now())
+    building = builder(Single("k", fetch=fail), cache=cache, clock=LoopClock())
+    hasty = building.build([key("k")], deadline_seconds=0.5, strict=False)
+    leaving = await begun(hasty, at_source)
+    patient = await begun(building.build([key("k")]))
+    gate.open()
+    assert (await patient).value(key("k")) == "cached"
+    at_source.open()
+    assert (await leaving).errors
+    await building.aclose()
+
+
 # Whatever it answers ------------------------------------------------------------------------------
 
 

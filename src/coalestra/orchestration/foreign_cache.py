@@ -133,7 +133,7 @@ class CacheReads:
                 del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
                 alone.waiters[gather] = None
-                alone.flight = read.flight
+                alone.flight, alone.given_up = read.flight, True
                 self.answered(alone, None)
 
     def _send(self, group: ReadGroup) -> None:

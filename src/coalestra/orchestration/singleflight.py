@@ -686,7 +686,7 @@ class SingleFlight:
             old = _has_changed(read, revision)  # it must not stand in for newcomers
             self._missed(gather, ((key, read.policy, None if old else revision),))
             flight = self.board.flights.get(key)
-            if flight is not None and key not in read.group.changed:
+            if flight is not None and not read.given_up and key not in read.group.changed:
                 flight.missed = True
             self._pass_lease(gather, read)
 
