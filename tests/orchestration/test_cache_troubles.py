@@ -304,6 +304,17 @@ async def test_a_reader_in_a_hurry_goes_on_without_the_cache_and_others_do_not()
     await building.aclose()
 
 
+async def test_a_reader_in_a_hurry_waits_for_no_lease_that_is_not_answered() -> None:
+    cache, gate = hanging(LeasingCache, "lease_many")
+    building = builder(Single("k"), cache=cache)
+    found = await building.build([key("k")], deadline_seconds=0.5)
+    assert found.value(key("k")) == ""
+    gate.open()
+    await asyncio.sleep(1)
+    assert vars(cache)["leased"] == {}
+    await building.aclose()
+
+
 async def test_who_comes_while_a_reader_in_a_hurry_is_at_a_source_is_served_by_the_cache() -> None:
     async def fail(_key: ResourceKey, _context: FetchContext) -> Any:
         await at_source.pass_()

@@ -498,11 +498,13 @@ class Read:
     `flight` is an acquisition of the key that was under way meanwhile, whatever became of it.
     `rounds` counts the answers before it that were outdated when they came. `unlike` is a version
     that is of no use, `cached` what may stand in at the deadline, `lease` what the cache gave
-    instead of a value, for the flight that follows. Who could wait no longer has a read `given_up`.
+    instead of a value, for the flight that follows. One that `waits` for whoever has the lease has
+    been answered; who could not wait for an answer any longer has one `given_up`.
     """
 
     flight: Flight | None = None
     given_up: bool = False
+    waits: bool = False
     rounds: int = 0
     unlike: str | None = None
     cached: Revision | None = None

@@ -68,8 +68,8 @@ class CacheReads:
             read = self._open[key] = self._begin(key, policy, forced=False)
         read.policy = policy  # which may be another one by now
         self._wait(gather, read)
-        group, leases = read.group, self.parts.access.leases
-        if gather.cutoff != math.inf and gather not in group.hurried and not leases:
+        group = read.group
+        if gather.cutoff != math.inf and gather not in group.hurried:
             # It goes on without the cache while there is time left for its sources.
             loop = asyncio.get_running_loop()
             seconds = (gather.cutoff - loop.time()) * SHARE
@@ -128,7 +128,7 @@ class CacheReads:
 
     def _go_on(self, gather: Gather, group: ReadGroup) -> None:
         for read in group.reads:
-            if gather in read.waiters:
+            if gather in read.waiters and not read.waits:
                 self.parts.copies.count_timeouts(read.key in self.parts.access.copying)
                 del read.waiters[gather], gather.pending[read]
                 alone = Read(read.key, read.policy, group)
@@ -203,7 +203,7 @@ class CacheReads:
         lease = answer.lease
         for read in reads:
             if answer.waiting:
-                read.cached = answer.revision
+                read.cached, read.waits = answer.revision, True
                 continue
             self._close((read,))
             if read.waiters:
