@@ -34,8 +34,8 @@ from coalestra import (
 )
 from tests.contracts.caches import SingleKeyCache
 from tests.contracts.samples import value_of
-from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, held_at, key
-from tests.support import EPOCH, Gate, ManualClock, begun, loop_turn, settle
+from tests.orchestration.scripted import Batch, Derived, Scripted, Single, builder, key
+from tests.support import EPOCH, Gate, ManualClock, loop_turn, settle
 
 REQUEST: contextvars.ContextVar[str] = contextvars.ContextVar("REQUEST", default="nobody")
 
@@ -167,17 +167,7 @@ async def test_a_background_refresh_sees_the_context_of_the_builders_making() ->
     assert seen == ["visitor", "maker"]
 
 
-# Clocks that stand still --------------------------------------------------------------------------
-
-
-async def test_order_does_not_depend_on_a_clock_that_stands_still() -> None:
-    gate = Gate()
-    building = builder(Single("x", fetch=held_at(gate, "fetched")), clock=ManualClock())
-    reader = await begun(building.build([key("x")]), gate)
-    await building.publisher.publish(key("x"), "event", source="stream")
-    gate.open()
-    assert (await reader).value(key("x")) == "event"
-    assert (await building.build([key("x")])).value(key("x")) == "event"
+# Clocks that are read seldom, or set back ---------------------------------------------------------
 
 
 async def test_a_reading_that_ends_between_two_looks_at_the_clock_undoes_no_event() -> None:
