@@ -315,6 +315,23 @@ async def test_a_reader_in_a_hurry_waits_for_no_lease_that_is_not_answered() -> 
     await building.aclose()
 
 
+async def test_what_was_read_before_a_lease_was_granted_is_not_stored_under_it() -> None:
+    """Another process may have changed the key in between, and would have ended an older lease."""
+    at_source = Gate()
+    cache, gate = hanging(LeasingCache, "lease_many")
+    building = builder(Single("k", fetch=lambda _key, _context: at_source.pass_()), cache=cache)
+    hasty = building.build([key("k")], deadline_seconds=0.5)
+    early = await begun(hasty, at_source)
+    late = await begun(building.build([key("k")]))
+    gate.open()
+    await settle()
+    at_source.open()
+    assert (await early)[key("k")].version == (await late)[key("k")].version
+    await asyncio.sleep(1)
+    assert cache.held == vars(cache)["leased"] == {}
+    await building.aclose()
+
+
 async def test_who_comes_while_a_reader_in_a_hurry_is_at_a_source_is_served_by_the_cache() -> None:
     async def fail(_key: ResourceKey, _context: FetchContext) -> Any:
         await at_source.pass_()

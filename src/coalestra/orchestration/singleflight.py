@@ -684,11 +684,14 @@ class SingleFlight:
             self.reads.ask_for_lease(gather, key, read.policy, revision.version)
         else:
             old = _has_changed(read, revision)  # it must not stand in for newcomers
+            known = self.board.flights.get(key)
+            begun = known is not None and known.has_begun
             self._missed(gather, ((key, read.policy, None if old else revision),))
             flight = self.board.flights.get(key)
             if flight is not None and not read.given_up and key not in read.group.changed:
                 flight.missed = True
-            self._pass_lease(gather, read)
+            if flight is not known or not begun:  # else it may be older than the lease
+                self._pass_lease(gather, read)
 
     def _pass_lease(self, gather: Gather, read: Read) -> None:
         """Give the lease that the cache gave to the flight that acquires the key.
