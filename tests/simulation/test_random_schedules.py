@@ -132,20 +132,20 @@ async def live(seed: int) -> None:
             continue
         if isinstance(outcome, BaseException) and not isinstance(outcome, asyncio.CancelledError):
             raise outcome
-    if not world.closed:
-        await world.builder.wait_for_refreshes()
+    for builder in () if world.closed else world.builders:
+        await builder.wait_for_refreshes()
     await asyncio.sleep(20)
-    for builder in (world.builder, world.aside):
+    for builder in (*world.builders, world.aside):
         await no_leaks(builder)
     check_counts(world)
     if not world.wild:
         assert not getattr(world.builder.cache, "leased", None)
     assert not world.calls.faults, world.calls.faults
-    for builder in (world.builder, world.aside):
+    for builder in (*world.builders, world.aside):
         await builder.aclose()
+        health = await builder.health_snapshot()
+        assert health.observability_failure_count == 0
     assert not world.spans.open
-    health = await world.builder.health_snapshot()
-    assert health.observability_failure_count == 0
 
 
 async def act(world: World) -> None:

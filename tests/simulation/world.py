@@ -139,11 +139,13 @@ class Calls:
     """The source calls under way; knows which are too many, or should not overlap.
 
     Two of one key should not, unless the key has changed since one of the two units of work has
-    first asked for it, or has taken over from one that had: it asks the last source first.
+    first asked for it, or has taken over from one that had: it asks the last source first. All of
+    this goes for the calls `of_one` builder only.
     """
 
     def __init__(self) -> None:
         self.faults: list[str] = []
+        self.of_one = True
         self.count = 0
         self._asked: dict[ResourceKey, dict[str, bool]] = {}
         self._changing: Counter[ResourceKey] = Counter()
@@ -166,7 +168,7 @@ class Calls:
         """Note the end; one that was just being cancelled when the next began did not overlap."""
         under_way = self._under_way[source, key]
         del under_way[[each is call for each in under_way].index(True)]
-        if call[1] and not cancelled:
+        if call[1] and self.of_one and not cancelled:
             self.faults.append(f"{source} was asked for {key} twice at once")
 
     @contextlib.contextmanager
@@ -185,7 +187,7 @@ class Calls:
         """Let a source run within the block, as far as there are slots for it."""
         for name in (source, "all"):
             self._running[name] += 1
-            if self._running[name] > self.limits.get(name, math.inf):
+            if self.of_one and self._running[name] > self.limits.get(name, math.inf):
                 self.faults.append(f"{self._running[name]} calls of {name} at once")
         try:
             yield
@@ -272,11 +274,16 @@ class World:
         self.lively = chance.sample(asked, len(asked) // 2 + 1)
         self.traced = seed % 3 == 0
         self.spans = Spans()
-        self.builder = self._builder()
+        self.builders = self._builders()
         aside = Single("aside", "single", "batch", fetch=self.fetch_aside)
         self.aside = SnapshotBuilder([aside], clock=self.clock, max_concurrency=1)
 
-    def _builder(self) -> SnapshotBuilder:
+    @property
+    def builder(self) -> SnapshotBuilder:
+        """The builder, or any of two over one cache."""
+        return self.chance.choice(self.builders)
+
+    def _builders(self) -> list[SnapshotBuilder]:
         chance = self.chance
         policy = chance.choice((
             FreshnessPolicy(1_000, 2_000), FreshnessPolicy(2, 2_000),
@@ -306,17 +313,22 @@ class World:
         most = chance.choice((1, 2, 8))
         if not self.nests:
             self.calls.limits["all"] = most
-        return SnapshotBuilder(
-            self._sources(), cache=cache, clock=self.clock,
-            policy_resolver=PolicyResolver(policy, overrides), events=self.events,
-            metrics=self.metrics if self.events else None,
-            default_resilience=SourceResiliencePolicy(retry=retry, circuit=circuit,
+        settings: dict[str, Any] = {
+            "cache": cache, "clock": self.clock,
+            "policy_resolver": PolicyResolver(policy, overrides), "events": self.events,
+            "metrics": self.metrics if self.events else None,
+            "default_resilience": SourceResiliencePolicy(retry=retry, circuit=circuit,
                 finish_late=chance.random() < 0.5),
-            max_concurrency=most, max_pending_tasks=chance.choice((1, 2, 100)),
-            run_payload_copies_in_thread=True if self.mutable else None, trace=self.traced,
-            tracer=self.spans if self.traced else None,
-            authority_policy=SourceAuthorityPolicy({"news": 1}) if self.ranked else None,
-        )  # fmt: skip
+            "max_concurrency": most, "max_pending_tasks": chance.choice((1, 2, 100)),
+            "run_payload_copies_in_thread": True if self.mutable else None, "trace": self.traced,
+            "tracer": self.spans if self.traced else None,
+            "authority_policy": SourceAuthorityPolicy({"news": 1}) if self.ranked else None,
+        }  # fmt: skip
+        self.calls.of_one = self.closes or chance.random() < 0.85
+        return [
+            SnapshotBuilder(self._sources(), **settings)
+            for _ in range(1 if self.calls.of_one else 2)
+        ]
 
     def _sources(self) -> list[Any]:
         world = self
