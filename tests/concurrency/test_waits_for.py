@@ -160,6 +160,7 @@ def test_a_second_build_may_lean_on_every_node_of_a_deep_first_one() -> None:
     assert calls_in(lambda: add_all(graph, leaning)) < 60 * len(leaning)
 
 
+@pytest.mark.slow
 def test_a_layered_graph_in_any_order_of_its_edges_stays_far_from_quadratic() -> None:
     """Five thousand nodes, twenty-five thousand edges, shuffled."""
     graph: WaitsFor[Hashable] = WaitsFor()

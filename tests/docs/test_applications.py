@@ -41,6 +41,7 @@ def test_a_batch_job_over_many_keys_is_bounded_and_survives_part_failures(tmp_pa
     assert "ok  the second half needs no more memory than the first" in told
 
 
+@pytest.mark.slow
 def test_an_agent_gathers_what_it_can_within_one_deadline(tmp_path: Path) -> None:
     told = told_by("agent_context.py", tmp_path)
     assert told[0] == "Ada, an engineer; hot water pushes; a page about steam"

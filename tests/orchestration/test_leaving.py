@@ -249,6 +249,7 @@ async def test_a_call_is_looked_through_for_no_leaver(monkeypatch: pytest.Monkey
     assert len(source.calls) == 1  # it has brought what is wanted later
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["closed", "late"])
 async def test_a_chain_that_is_asked_for_by_others_by_now_takes_linear_work(how: str) -> None:
     """Who it is acted for is found once, and not for each flight through all that wait for it."""

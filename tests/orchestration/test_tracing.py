@@ -854,6 +854,7 @@ def test_a_tracer_must_have_its_methods() -> None:
         builder(Single("a"), tracer=object())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("followed", [False, True])
 async def test_a_chain_that_is_traced_takes_linear_work(followed: bool) -> None:
     """Each derivation finds the span that waits for it at its reader, not through all above it."""

@@ -508,6 +508,7 @@ async def test_a_version_that_is_of_no_use_is_replaced_once_by_one(caches: Cache
         assert told.lookup.value.value == "new"
 
 
+@pytest.mark.slow
 async def test_very_many_leases_are_kept_and_given_back_in_few_calls(
     caches: Caches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
