@@ -64,7 +64,11 @@ async def test_sessions_pin_and_revalidate_over_any_cache(make: Make) -> None:
     assert (await shop.builder.build([TOP])).value(TOP) == ((3,),)
 
 
-@pytest.mark.parametrize("make", [SingleKeyCache, BatchAtomicCache, WrappedMemoryCache])
+@pytest.mark.parametrize("make", [
+    each if each in (SingleKeyCache, BatchAtomicCache, WrappedMemoryCache)
+    else pytest.param(each, marks=pytest.mark.slow)
+    for each in ALL
+])  # fmt: skip
 async def test_cancelling_a_build_at_any_await_leaves_nothing_behind(make: Make) -> None:
     shops: list[Shop] = []
 

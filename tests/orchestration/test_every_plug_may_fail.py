@@ -148,7 +148,9 @@ async def life(building: SnapshotBuilder) -> None:
 @pytest.mark.expects_leaks  # what a plug raises is told to the loop, and a deadline may come first
 @pytest.mark.parametrize("plug", ["clock", "policy", "authority"])
 @pytest.mark.parametrize("every, errors", [
-    pytest.param(2, [LookupError], id="ordinary"), pytest.param(
+    pytest.param(2, [LookupError], id="ordinary"),
+    pytest.param(1, [LookupError], id="ordinary, each", marks=pytest.mark.slow),
+    pytest.param(
         1, [Panic, asyncio.CancelledError, GeneratorExit], id="any", marks=pytest.mark.slow
     ),
 ])  # fmt: skip

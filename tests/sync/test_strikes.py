@@ -81,13 +81,16 @@ def test_a_handler_that_raises_at_any_line_of_a_build_leaves_nothing_behind() ->
 
 CALLS: dict[str, Callable[[SyncSnapshotBuilder], object]] = {
     "submit": lambda facade: facade.publisher.submit_publish(PRICE, 1, source="main"),
+    "publish": lambda facade: facade.publisher.publish(PRICE, 1, source="main"),
     "build": lambda facade: facade.build([PRICE]),
     "flush": lambda facade: facade.publisher.flush(timeout_seconds=PATIENCE),
     "close": lambda facade: facade.close(),
 }
 
 
-@pytest.mark.parametrize("call", list(CALLS))
+@pytest.mark.parametrize("call", [
+    pytest.param(each, marks=pytest.mark.slow) if each == "publish" else each for each in CALLS
+])  # fmt: skip
 @pytest.mark.parametrize("raises", [True, False])
 def test_a_handler_may_close_wherever_it_strikes(call: str, raises: bool) -> None:
     def opened() -> SyncSnapshotBuilder:
