@@ -422,3 +422,14 @@ def test_what_changed_is_known_to_those_who_began_before_it_and_then_forgotten()
             near.put(first, [a, b])
             assert (kept(near, a), kept(near, b)) == (False, True)
     assert not near._fillings
+
+
+def test_what_a_long_reading_remembers_of_changes_is_bounded_by_their_keys() -> None:
+    near, _ = near_of(Telling())
+    a, b = revision_of(A), revision_of(B)
+    with near.filling() as filling:
+        for _ in range(5_000):
+            near.drop({A: None})
+        assert len(filling.changes) < 2_000
+        near.put(filling, [a, b])
+        assert (kept(near, a), kept(near, b)) == (False, True)

@@ -267,7 +267,7 @@ async def test_a_loop_held_at_the_deadline_lets_nobody_see_old_beside_new(
     assert isinstance(loop, VirtualLoop)
     await shop.builder.build([MIDDLE])
     shop.stock.before = Gate().pass_
-    work = shop.builder.build([BASE, MIDDLE, OTHER], strict=False, deadline_seconds=2.0)
+    work = shop.builder.build([BASE, MIDDLE, OTHER], strict=False, deadline_seconds=2.0, trace=True)
     building = asyncio.ensure_future(work)
     await shop.publish(BASE, 2)
     await asyncio.sleep(1.0)
@@ -275,5 +275,9 @@ async def test_a_loop_held_at_the_deadline_lets_nobody_see_old_beside_new(
         step -= 1
         loop.be_busy(1.0 if step < 0 else 0.0)
         await asyncio.sleep(0)
-    assert shown(await building) in ({BASE: 1, MIDDLE: (1,)}, {BASE: 2})
+    snapshot = await building
+    assert shown(snapshot) in ({BASE: 1, MIDDLE: (1,)}, {BASE: 2})
+    assert snapshot.trace is not None
+    for k, error in snapshot.errors.items():
+        assert snapshot.trace.keys[k].error_type == type(error).__name__
     await shop.builder.aclose()
