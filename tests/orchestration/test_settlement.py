@@ -64,7 +64,7 @@ from tests.support import (
     run_virtual,
     settle,
 )
-from tests.support.running import without_collector
+from tests.support.running import nothing_collected, without_collector
 
 pytestmark = pytest.mark.concurrency
 
@@ -383,12 +383,12 @@ def interrupted_within(functions: set[CodeType], at: int, work: Callable[[], obj
             if places == at:
                 raise KeyboardInterrupt
 
-    sys.setprofile(profile)
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
+    with nothing_collected(), contextlib.suppress(KeyboardInterrupt):
+        sys.setprofile(profile)
+        try:
             work()
-    finally:
-        sys.setprofile(None)
+        finally:
+            sys.setprofile(None)
     return places
 
 

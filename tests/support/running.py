@@ -22,6 +22,18 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Within the block no finalizer of what other tests have left runs, and none is counted."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """Within the block whatever stands in a circle stays; what stood in one before is gone.
 
@@ -29,11 +41,8 @@ def without_collector() -> Iterator[None]:
     """
     gc.collect()
     gc.freeze()
-    gc.disable()
-    try:
+    with nothing_collected():
         yield
-    finally:
-        gc.enable()
 
 
 def no_more_threads(patch: pytest.MonkeyPatch) -> None:
@@ -109,11 +118,12 @@ def profiled(work: Callable[[], object]) -> Counter[str]:
     def count(_frame: FrameType, event: str, _argument: object) -> None:
         events[event] += 1
 
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
+    with nothing_collected():
+        sys.setprofile(count)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
     return events
 
 
@@ -131,11 +141,12 @@ async def lines_run(module: ModuleType, work: Awaitable[object]) -> int:
         return count if frame.f_globals is its_own else None
 
     before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        await work
-    finally:
-        sys.settrace(before)
+    with nothing_collected():
+        sys.settrace(trace)
+        try:
+            await work
+        finally:
+            sys.settrace(before)
     return lines
 
 

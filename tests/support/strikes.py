@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import linecache
 import multiprocessing
 import os
@@ -13,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import coalestra
+from tests.support.running import nothing_collected
 
 LIBRARY = os.path.dirname(coalestra.__file__) + os.sep
 
@@ -53,15 +53,13 @@ def traced(call: Callable[[], object], at_line: Callable[[], object]) -> None:
             at_line()
         return tracer
 
-    before, collecting = sys.gettrace(), gc.isenabled()
-    gc.disable()  # what is left of other tests is not struck
-    sys.settrace(tracer)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-        if collecting:
-            gc.enable()
+    before = sys.gettrace()
+    with nothing_collected():
+        sys.settrace(tracer)
+        try:
+            call()
+        finally:
+            sys.settrace(before)
 
 
 def at_every_line(
