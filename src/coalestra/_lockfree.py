@@ -33,6 +33,13 @@ S = TypeVar("S")
 LONGEST_WAIT_SECONDS = 4_000_000.0
 """What every system lets a thread wait for at a time; who wants longer waits again."""
 
+SIGNAL_LOOK_SECONDS = 1.0
+"""How often the main thread looks up from a wait.
+
+A signal that comes just before the wait, as the thread gets hold of the interpreter, breaks no wait
+off: Python handles it at the thread's next step, and without one Ctrl-C would be lost.
+"""
+
 
 def after_fork(begin_afresh: Callable[[Any], object]) -> weakref.WeakSet[Any]:
     """Return a set whose members, whatever is put into it, begin afresh in a forked child."""
@@ -107,13 +114,15 @@ class Changes:
         ring = partial(bell.put, None)
         self._ringers[ring] = None
         end = None if seconds is None else time.monotonic() + seconds
+        on_main = threading.current_thread() is threading.main_thread()
+        longest = SIGNAL_LOOK_SECONDS if on_main else LONGEST_WAIT_SECONDS
         try:
             while not holds():
                 left = LONGEST_WAIT_SECONDS if end is None else end - time.monotonic()
                 if left <= 0 or sys.is_finalizing():
                     return holds()
                 with contextlib.suppress(Empty):
-                    bell.get(timeout=min(left, LONGEST_WAIT_SECONDS))
+                    bell.get(timeout=min(left, longest))
             return True
         finally:
             self._ringers.pop(ring, None)

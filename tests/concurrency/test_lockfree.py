@@ -6,10 +6,12 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import pytest
 
+from coalestra import _lockfree
 from coalestra._lockfree import Cell, Changes, WorkerQueue
 from tests.support.elsewhere import PATIENCE, in_thread, outcome, side_by_side
 from tests.support.strikes import at_every_line
@@ -75,6 +77,29 @@ def test_longer_than_threads_can_wait_is_as_long_as_it_takes(seconds: float) -> 
         return next(looks)
 
     assert changes.wait_for(holds, seconds)
+
+
+def test_the_main_thread_looks_up_each_second_for_a_signal_that_came_just_before_its_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such a signal breaks no wait off: Python handles it at the next step of that thread."""
+    waits: list[float] = []
+
+    class Silent:
+        put = print
+
+        def get(self, timeout: float) -> None:
+            waits.append(timeout)
+            raise Empty
+
+    def waited() -> list[float]:
+        waits.clear()
+        Changes().wait_for(lambda: len(waits) > 1)
+        return [*waits]
+
+    monkeypatch.setattr(_lockfree, "SimpleQueue", Silent)
+    assert waited() == [1.0, 1.0]
+    assert min(outcome(in_thread(waited))) > 1_000_000  # where no signal is handled
 
 
 async def test_a_coroutine_waits_for_what_a_thread_changes() -> None:
