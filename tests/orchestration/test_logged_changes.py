@@ -19,7 +19,7 @@ from coalestra import (
     ResourceKey,
     SourcePayload,
 )
-from tests.contracts.caches import BatchCache
+from tests.contracts.caches import BatchCache, LeasingCache
 from tests.orchestration.scripted import Derived, Single, builder, down, key
 from tests.support import EPOCH, ManualClock, ThreadGate
 
@@ -176,6 +176,26 @@ async def test_a_cache_is_told_by_reads_and_writes(records: Records) -> None:
         "INFO write of cache Cache works again",
         "WARNING read of cache Cache fails: OSError",
         "WARNING write of cache Cache fails: OSError",
+    ]
+
+
+class Refusing(LeasingCache):
+    """Answers, but stores nothing that it does not know."""
+
+    async def fulfil_many(self, values: Any, **terms: Any) -> Any:
+        odd = {each.key: TypeError("unknown") for each in values if "odd" in each.key.subject}
+        return odd or await super().fulfil_many(values, **terms)
+
+
+async def test_a_cache_that_stores_nothing_does_not_work_again(records: Records) -> None:
+    async with builder(Single("a"), cache=Refusing()) as building:
+        for subject in ("odd 1", "odd 2", "even", "odd 3"):
+            await building.build([key("a", subject)])
+            await asyncio.sleep(1)
+    assert [f"{each.levelname} {each.getMessage()}" for each in records] == [
+        "WARNING write of cache Refusing fails: TypeError",
+        "INFO write of cache Refusing works again",
+        "WARNING write of cache Refusing fails: TypeError",
     ]
 
 

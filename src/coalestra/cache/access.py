@@ -312,6 +312,8 @@ class CacheCalls:
         task, error = await self.made(call, None if patient else self.seconds)
         self._note(kind, error, now())
         if error is None:
+            if operation not in ("fulfil_many", "release_many"):  # these may have stored nothing
+                self.works(kind)
             return task.result()
         try:
             if isinstance(error, Exception):
@@ -356,6 +358,11 @@ class CacheCalls:
                 self._told(operation, error)
             if self._log is not None:
                 self._log.failed(self._subject("read" if operation == "read" else "write"), error)
+
+    def works(self, kind: str) -> None:
+        """Log that reads or writes work again, if it was said that they fail."""
+        if self._log is not None and self._log.troubled:
+            self._log.works(self._subject(kind))
 
     def _subject(self, kind: str) -> str:
         return f"{kind} of cache {type(self.cache).__name__}"
@@ -441,8 +448,6 @@ class CacheCalls:
         circuit = self._circuits[kind]
         if error is None:
             circuit.failures = self._circuits["read"].failures = 0
-            if self._log is not None and self._log.troubled:
-                self._log.works(self._subject(kind))
             return
         circuit.failures += 1
         circuit.failed_at, circuit.until = now, now + _RECOVERY_SECONDS
@@ -1371,6 +1376,8 @@ class _Write:
                 errors.without_frames(error)
                 self.failures[key] = error
                 self.cache.give_back(leases[key], failed=True)  # which it may not have come to
+        if not self.failures:
+            self.cache.calls.works("write")
         horizon = terms.now + self.cache.tolerance
         future = [
             key

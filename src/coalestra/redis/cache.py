@@ -117,7 +117,7 @@ class RedisCacheHealth:
         leases: how many are held now.
         waiting: how many keys are waited for that another process acquires.
         unreadable: entries that could not be read.
-        unstorable: values that could not be written.
+        unstorable: tries to write a value that cannot be; one value may be tried four times.
         clock_offset_seconds: how far the server's clock is ahead of this machine's; None before
             the first answer.
         last_error: what went wrong last, or None.
