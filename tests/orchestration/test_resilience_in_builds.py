@@ -15,6 +15,7 @@ from coalestra import (
     CircuitScope,
     FetchContext,
     FreshnessPolicy,
+    InMemoryMetrics,
     ResiliencePolicyResolver,
     ResourceKey,
     ResourceResolutionError,
@@ -32,12 +33,13 @@ from tests.orchestration.scripted import (
     Scripted,
     Single,
     builder,
+    held_at,
     key,
     latency,
     tuned,
 )
 from tests.orchestration.stock import Stock
-from tests.support import Gate, LoopClock, VirtualLoop, begun, no_leaks, settle
+from tests.support import Gate, LoopClock, ThreadGate, VirtualLoop, begun, no_leaks, settle
 
 X = key("x")
 DOWN = ConnectionError("down")
@@ -343,6 +345,30 @@ async def test_a_failure_counts_though_its_readers_go_before_a_retry(by: str, wa
     assert (await building.health_snapshot()).sources["x"].last_error == "ConnectionError"
 
 
+async def test_a_failure_counts_though_its_readers_go_as_inputs_are_copied_for_a_retry() -> None:
+    gate = ThreadGate()
+    gate.open()
+
+    def copied(payload: Any) -> Any:
+        gate.pass_()
+        return payload
+
+    async def fail() -> None:
+        raise DOWN
+
+    source = Derived("x", needs=lambda k: [key("input")], before=fail)
+    tuned(source, resilience_policy=breaking(2, attempts=2))
+    settings = {"payload_copier": copied, "run_payload_copies_in_thread": True}
+    building = builder(source, Single("input"), **settings)
+    leaving = await begun(attempt(building))
+    gate = ThreadGate()
+    await asyncio.sleep(1.0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    gate.open()
+    assert (len(source.calls), await circuits(building)) == (1, {"x": ("closed", 1)})
+
+
 async def test_a_circuit_that_opens_while_a_call_waits_for_capacity_keeps_it_out() -> None:
     source = stock(breaking(), before=(gate := Gate()).pass_)
     building = builder(source, max_concurrency=1)
@@ -367,6 +393,42 @@ def answering(up: set[ResourceKey]) -> Callable[[ResourceKey], Any]:
 
 
 A1, A2, B1, B2 = (ResourceKey("test", name, subject) for subject in "ab" for name in ("x", "y"))
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_batch_is_not_made_for_keys_that_open_circuits_have_sent_elsewhere(
+    again: bool,
+) -> None:
+    """Who waits for those at the next source does not wait for what is left of the batch."""
+    policy = breaking(1, CircuitScope.RESOURCE)
+    source = tuned(Batch("x", before=Gate().pass_), resilience_policy=policy)
+    building = builder(source, Single("next", "x", fetch=held_at(gate := Gate()), priority=1))
+    leases = [await building.capacity.acquire("other") for _ in range(8)]
+    leaving = await begun(attempt(building, A1, B1))
+    staying = await begun(attempt(building, A1))
+    leaving.cancel()
+    await settle()
+    late = await begun(attempt(building, B1)) if again else leaving
+    await building.circuit_breaker.record_failure("x", key=A1, policy=policy.circuit)
+    for lease in leases:
+        lease.release()
+    await settle()
+    late.cancel()
+    await settle()
+    assert len(source.calls) == again
+    assert (await building.health_snapshot()).capacity["__global__"].in_use == 1
+    gate.open()
+    await staying
+
+
+async def test_a_batch_that_an_open_circuit_keeps_out_is_no_failed_call() -> None:
+    source, metrics = Batch("x", answer=answering(set())), InMemoryMetrics()
+    tuned(source, resilience_policy=breaking())
+    building = builder(source, metrics=metrics)
+    for _ in range(2):
+        await attempt(building)
+    assert len(source.calls) == 1
+    assert metrics.counter("source_batch_call_total", source="x", status="failure") == 0
 
 
 async def test_open_groups_are_left_out_of_a_batch() -> None:

@@ -843,8 +843,8 @@ class Call:
         if self._over or (attempt is not None and attempt.goes_on) or self._wanted():
             return
         failed: BaseException | None = None
-        waits = attempt is None or attempt.progress is Progress.WAITING
-        if self._failure is not None and self.attempts and waits:
+        asks = attempt is not None and attempt.progress is Progress.RUNNING
+        if self._failure is not None and self.attempts and not asks:
             failed = self._failure.exception  # that of the attempt before, which counts
         late = None if attempt is None else attempt.abandon()
         self._left = True
@@ -928,7 +928,7 @@ class Call:
                 self.policy = instance("resilience policy", chosen, SourceResiliencePolicy)
                 if self.parts.breaker.circuits:
                     await self._pass_open_circuits()
-            if self.flights or begun is not None:
+            if begun is not None or (self.flights and not self._over):
                 await attempt.run()
         except BaseException as error:
             if not _comes_from_outside(error, worker):
@@ -1150,6 +1150,9 @@ class Call:
                 await pace.keep()
         finally:
             self.dispatch.release(self.work)
+        self._liveness = None  # who was found to wait may do so elsewhere by now
+        if self.flights:
+            self.unwanted()
 
     def _grouping(
         self, flights: Sequence[Flight], groups: dict[CircuitIdentity, list[Flight]]
@@ -1674,7 +1677,7 @@ class Call:
             status = "deadline_exceeded"
         elif isinstance(error, SourceQueueTimeoutError):
             status = "queue_timeout"
-        if self._answered or self._is_given_up(error, outcome):
+        if self._answered or not self.flights or self._is_given_up(error, outcome):
             return
         if self.attempts and outcome is _FAILURE:
             self.link.failed_at = self.parts.clock.monotonic()
