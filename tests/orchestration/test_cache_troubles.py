@@ -423,7 +423,8 @@ async def test_a_value_under_another_key_is_told_as_that() -> None:
     cache.held[KEYS[0]] = value_of(OTHER)
     await builder(Single("b"), cache=cache, events=told, buffer_observability=False).build(KEYS[:1])
     failed = next(each.payload for each in told.events if each.event_type == "cache_failed")
-    assert "store and return values under their own key" in failed["error"]
+    remedy = "store and return values under their own key"
+    assert failed["error"].endswith(f"with a value of {OTHER}; {remedy}")
 
 
 class Pickled(SingleKeyCache):

@@ -512,6 +512,7 @@ async def test_a_call_that_could_outlive_a_source_timeout_lowered_since_is_refus
     source.timeout_seconds = 0.5
     failures = await failures_of(building, K, deadline_seconds=deadline)
     assert types(failures) == [("blocking", "SourceTimeoutError")]
+    assert failures[0].message.endswith("the 0.5 s left; lower it, or raise timeout_seconds")
     assert called == []
     if sink is not None:
         name = "source_transport_budget_rejection_total"

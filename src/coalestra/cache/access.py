@@ -501,7 +501,8 @@ def sound(value: object, key: ResourceKey) -> SnapshotValue[Any]:
     if type(value) is not SnapshotValue:
         raise _odd(key, f"a {type(value).__qualname__} instead of a SnapshotValue")
     if type(value.key) is not ResourceKey or value.key != key:
-        other = validation.shown(value.key)
+        named = type(value.key) is ResourceKey
+        other = value.key.display if named else validation.shown(value.key)
         raise _odd(key, f"a value of {other}; store and return values under their own key")
     try:
         for name, check in _CHECKS.items():

@@ -184,9 +184,9 @@ def _require_safe_timeouts(links: Iterable[Link], settings: BuilderArguments) ->
             )
         if guarantee.unsafe and not settings.allow_unsafe_blocking_sources:
             raise ValueError(
-                f"source {link.name!r} is {status}: a blocking source must be offloaded and "
-                "declare a transport_timeout_seconds below its timeout_seconds, or pass "
-                "allow_unsafe_blocking_sources=True"
+                f"source {link.name!r} is {status}: a blocking source must run in a thread "
+                "(blocking_io_offloaded) and declare a transport_timeout_seconds below its "
+                "timeout_seconds, or pass allow_unsafe_blocking_sources=True"
             )
 
 

@@ -468,9 +468,10 @@ class Attempt:
                     available_budget_seconds=left,
                 )
         kind = SnapshotDeadlineExceededError if by_deadline else SourceTimeoutError
+        limit = "the deadline" if by_deadline else "timeout_seconds"
         return kind(
             f"source {link.name!r} was not called: its transport timeout of {declared:g} s does "
-            f"not fit into the {max(0.0, left):g} s left"
+            f"not fit into the {max(0.0, left):g} s left; lower it, or raise {limit}"
         )
 
     # The call ----------------------------------------------------------------------------------
