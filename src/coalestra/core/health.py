@@ -231,7 +231,7 @@ class BuilderHealthSeverity(str, Enum):
 
 
 class BuilderHealthReason(str, Enum):
-    """What was found; see ``coalestra.core.health`` for when."""
+    """What was found; the guide to health says what each means, and what to do."""
 
     BUILDER_CLOSED = "builder_closed"
     CACHE_FAILURES_INCREASED = "cache_failures_increased"
