@@ -21,13 +21,13 @@ import threading
 import time
 from collections import Counter as Tally
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
-from coalestra._lockfree import LONGEST_WAIT_SECONDS
+from coalestra._lockfree import LONGEST_WAIT_SECONDS, Cell, Changes
 from coalestra._telemetry import COUNTERS, FACTS, OBSERVATIONS, Builder, Labels, Reading, Watched
 from coalestra.core.validation import instance, integer, mapping, number, readable, refusal, text
 from coalestra.orchestration.builder import SnapshotBuilder
@@ -62,24 +62,46 @@ Step = Counter | tuple[Any, ...]
 """A counter that grows by one, or what is to be called with which arguments; like ones are one."""
 
 _LINE: deque[Step] = deque()
-_AT_IT = threading.Lock()
 _PATIENCE_SECONDS = 1.0
 
+
+class _Turn:
+    """At the line is who holds one that he took: no interrupt, wherever it strikes, loses it."""
+
+    def take(self) -> bool:
+        """Take the turn if nobody has it; return whether it is this one."""
+        mine = ref(self)
+        _AT_IT.change(lambda at_it: mine if at_it() is None else at_it)
+        return _AT_IT.value is mine
+
+    def end(self) -> None:
+        """Let the next one have it."""
+        mine = ref(self)
+        _AT_IT.change(lambda at_it: _nobody if at_it is mine else at_it)
+        _ENDS.tell()
+
+
+def _nobody() -> None:
+    return None
+
+
+_AT_IT: Cell[Callable[[], _Turn | None]] = Cell(_nobody)
+_ENDS = Changes()
+
 if hasattr(os, "register_at_fork"):
-    _held: list[bool] = []
+    _held: list[_Turn] = []
 
     def _hold() -> None:
-        _held.append(_AT_IT.acquire(timeout=_PATIENCE_SECONDS))
-
-    def _let_go() -> None:
-        if _held.pop():
-            _AT_IT.release()
+        _held.append(_Turn())
+        _ENDS.wait_for(_held[-1].take, _PATIENCE_SECONDS)
 
     def _begin_anew() -> None:
-        if _held.pop() or _AT_IT.locked():  # by a thread that is not there in the child
-            _AT_IT.release()
+        _held.clear()
+        _AT_IT.change(lambda _: _nobody)  # a thread may have it that is not there in the child
 
-    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_begin_anew)
+    os.register_at_fork(
+        before=_hold, after_in_parent=lambda: _held.pop().end(), after_in_child=_begin_anew
+    )
 
 
 def _in_several_processes() -> bool:
@@ -93,27 +115,26 @@ _LONGEST_LINE = 1 if _in_several_processes() else 1000
 
 def _report(step: Step) -> None:
     _LINE.append(step)
-    while len(_LINE) >= _LONGEST_LINE and _AT_IT.acquire(blocking=False):
-        try:
-            _settle()
-        finally:
-            _AT_IT.release()
+    mine = True
+    while mine and len(_LINE) >= _LONGEST_LINE:
+        with _turn(0.0) as mine:
+            pass
 
 
 @contextmanager
-def _turn() -> Iterator[None]:
+def _turn(patience_seconds: float) -> Iterator[bool]:
     """Settle what has been reported, and let no fork into the block; another's turn is waited for.
 
     Not for ever: what holds out longer than a fork waits, a fork need not wait for either.
     """
-    mine = _AT_IT.acquire(timeout=_PATIENCE_SECONDS)
+    turn = _Turn()
     try:
+        mine = _ENDS.wait_for(turn.take, patience_seconds)
         if mine:
             _settle()
-        yield
+        yield mine
     finally:
-        if mine:
-            _AT_IT.release()
+        turn.end()
 
 
 def _settle() -> None:
@@ -203,7 +224,7 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return every series, with all that was reported before."""
-        with _turn():
+        with _turn(_PATIENCE_SECONDS):
             families = self._families.values()
             return iter([each for family in families for each in family.metric.collect()])
 
@@ -365,7 +386,7 @@ class HealthCollector(Collector):
             if self._copies is None:
                 return
             self._copies.renew(self._watched.read(FACTS.values()))
-            if self._copier is None:
+            if self._copier is None or not self._copier.is_alive():
                 copy, title = partial(self._keep_copying, self._copies), "coalestra-prometheus"
                 self._copier = threading.Thread(target=copy, name=title, daemon=True)
                 self._copier.start()

@@ -24,6 +24,7 @@ from tests.orchestration.scripted import Batch, Single, builder, key
 from tests.prometheus.scrape import figure, metrics, series
 from tests.support import Gate, ThreadGate, begun
 from tests.support.elsewhere import in_a_child, needs_fork
+from tests.support.strikes import Struck, at_every_line, raise_struck
 
 X = key("x", "SECRET")
 KIND = {"resource_namespace": "test", "resource_name": "x"}
@@ -291,7 +292,7 @@ def test_a_registry_is_not_kept_alive(registry: CollectorRegistry) -> None:
     kept = weakref.ref(own)
     metrics(registry)
     del own, sink
-    with module._turn():
+    with module._turn(0.0):
         pass
     gc.collect()
     assert kept() is None
@@ -366,6 +367,23 @@ def test_a_report_in_the_middle_of_another_waits_for_nobody(
     assert figure(registry, "coalestra_snapshot_build_total", status="success") == 6001
 
 
+@pytest.mark.parametrize("in_one_process", [True, False])
+def test_a_handler_that_raises_anywhere_leaves_nobody_at_the_line(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, in_one_process: bool
+) -> None:
+    """Else reports would pile up from then on, and every scrape would wait and show old figures."""
+    monkeypatch.setattr(module, "_LONGEST_LINE", 1000 if in_one_process else 1)
+    sink = PrometheusMetrics(registry=registry)
+
+    def report_and_scrape() -> None:
+        assert module._AT_IT.value() is None
+        sink.increment("snapshot_build_total", status="success")
+        list(registry.collect())
+
+    at_every_line(report_and_scrape, raise_struck, errors=(Struck,))
+    report_and_scrape()
+
+
 def told_of_an_error(sink: PrometheusMetrics, registry: CollectorRegistry) -> None:
     """Report an error, which is the only one that a scrape shows."""
     sink.increment("snapshot_build_total", status="error")
@@ -398,7 +416,7 @@ def test_a_scrape_lets_no_fork_come_while_it_holds_locks(
     plain = Counter.collect
 
     def collect(counter: Counter) -> Any:
-        held.append(module._AT_IT.locked())
+        held.append(module._AT_IT.value() is not None)
         return plain(counter)
 
     monkeypatch.setattr(Counter, "collect", collect)
@@ -406,7 +424,7 @@ def test_a_scrape_lets_no_fork_come_while_it_holds_locks(
     metrics(registry)
     assert held
     assert all(held)
-    assert not module._AT_IT.locked()
+    assert module._AT_IT.value() is None
 
 
 async def test_a_label_that_utf_8_cannot_hold_fails_no_scrape(registry: CollectorRegistry) -> None:
