@@ -127,7 +127,7 @@ FetcherFunction: TypeAlias = Callable[[ResourceKey, FetchContext], Any]
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class CallableSource(CallableAdapter):
-    """Asks a plain or async function for one resource at a time; see `CallableAdapter`."""
+    """Asks a plain or async function for one resource at a time. See `CallableAdapter`."""
 
     fetcher: FetcherFunction
 
@@ -142,7 +142,7 @@ BatchFetcherFunction: TypeAlias = Callable[[Collection[ResourceKey], FetchContex
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class CallableBatchSource(CallableAdapter):
-    """Asks a plain or async function for many resources at once; see `CallableAdapter`.
+    """Asks a plain or async function for many resources at once. See `CallableAdapter`.
 
     ``max_batch_size`` bounds the keys of one call; None: no bound.
     """
@@ -199,7 +199,7 @@ class DerivedSettings(AdapterSettings):
 
 
 class CallableDerivedSource(CallableAdapter, DerivedSettings):
-    """Has a plain or async function compute a resource from others; see `CallableAdapter`.
+    """Has a plain or async function compute a resource from others. See `CallableAdapter`.
 
     With ``inherit_freshness`` a value is as old as the oldest of its dependencies, and stale if one
     of them is; how long it is kept, its own policy says, from when it was derived.

@@ -581,7 +581,7 @@ class BufferedSink(Generic[S, R]):
 
 
 class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
-    """An event sink whose callers never wait for the sink behind it; see `BufferedSink`."""
+    """An event sink whose callers never wait for the sink behind it. See `BufferedSink`."""
 
     _kind, _methods = "event", ("emit",)
 
@@ -595,7 +595,7 @@ class BufferedEventSink(BufferedSink[EventSink, EventRecord]):
 
 
 class BufferedMetricsSink(BufferedSink[MetricsSink, MetricRecord]):
-    """A metrics sink whose callers never wait for the sink behind it; see `BufferedSink`."""
+    """A metrics sink whose callers never wait for the sink behind it. See `BufferedSink`."""
 
     _kind, _methods = "metrics", ("increment", "observe")
 

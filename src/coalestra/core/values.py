@@ -76,7 +76,7 @@ class SourcePayload(Generic[T]):
     Attributes:
         value: the value.
         observed_at: when it was true, in wall-clock seconds since the epoch; None for the moment
-            at which it is fetched.
+            at which the call ends.
         metadata: anything worth knowing about it; read-only.
     """
 

@@ -536,7 +536,7 @@ class SnapshotBuilder(BuilderArguments):
         snapshot_id: str | None = None,
         trace: bool | None = None,
     ) -> SnapshotSession:
-        """Open a session: a unit of work in several stages. Args are those of `build`."""
+        """Open a session; its deadline runs from now. Args are those of `build`."""
         terms = Terms.of(self._engine, deadline_seconds, metadata, trace)
         return SnapshotSession(terms.open(snapshot_id, lasting=True))
 
