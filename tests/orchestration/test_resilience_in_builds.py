@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -213,6 +214,36 @@ async def test_nobody_left_means_no_further_retry() -> None:
 
 
 # Circuits of every scope
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("kind", [Single, Batch])
+async def test_a_retry_goes_on_though_the_try_before_ends_only_now(
+    kind: type[Scripted], limit: int
+) -> None:
+    """A thread, like whatever ignores its cancellation, ends when it will, and with its slot."""
+    ends, answers = Gate(), Gate()
+
+    async def answer(*_: Any) -> Any:
+        if len(source.calls) == 1:
+            with contextlib.suppress(asyncio.CancelledError):
+                await Gate().pass_()
+            await ends.pass_()
+        else:
+            await answers.pass_()
+        return ""
+
+    how: dict[str, Any] = {"fetch": answer} if kind is Single else {"before": answer}
+    source = tuned(kind("x", timeout=1.0, **how), resilience_policy=retrying(2))
+    building = builder(source, max_concurrency=limit)
+    task = await begun(attempt(building))
+    await asyncio.sleep(2.1)
+    assert len(source.calls) == limit
+    ends.open()
+    await settle()
+    answers.open()
+    assert (await task).value(X) == ""
+    assert len(source.calls) == 2
 
 
 async def test_a_circuit_that_opens_does_not_stop_the_retries_of_a_call_under_way() -> None:

@@ -387,9 +387,13 @@ class Attempt:
         return self._late_in_queue() if waited else None
 
     def write_off(self) -> None:
-        """Decide the attempt now, though its worker may take its time to end."""
+        """Decide the attempt now, though its worker may take its time to end.
+
+        The call is that worker's no longer: it may be in the hands of another by then.
+        """
         self.over = True
         self.worker.leave()
+        self.worker.call = None
 
     # Capacity ----------------------------------------------------------------------------------
 
