@@ -672,6 +672,9 @@ class ReportedDiagnostics(dict[str, Any]):
         fields = self.of(other) if isinstance(other, SnapshotDiagnostics) else other
         return dict.__eq__(self, fields) is True
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     __hash__ = None
 
 

@@ -14,6 +14,7 @@ from coalestra import (
     FetchContext,
     FreshnessPolicy,
     InMemoryMetrics,
+    Obtained,
     ResourceKey,
     ResourceResolutionError,
     RetryPolicy,
@@ -158,6 +159,44 @@ async def test_a_stale_answer_of_a_source_stands_in_at_the_deadline() -> None:
     assert (value.value, value.source, value.stale) == ("stale", "first", True)
     assert "SnapshotDeadlineExceededError" in value.metadata["fallback_error"]
     await settle()
+
+
+async def test_news_that_is_fresh_at_the_deadline_stands_in_for_nothing() -> None:
+    """Whether it came as the source was running, or before it was called."""
+    metrics = InMemoryMetrics()
+    building = builder(
+        Single("x", "x", "y", fetch=latency(50)), max_concurrency=1, metrics=metrics, trace=True
+    )
+    keys = [X, key("y")]
+    reading = asyncio.ensure_future(building.build(keys, deadline_seconds=2))
+    await asyncio.sleep(1)
+    for k in keys:
+        await building.publisher.publish(k, "news", source="feed")
+    snapshot = await reading
+    for k in keys:
+        value = snapshot[k]
+        assert (value.value, value.stale, value.from_cache) == ("news", False, True)
+        assert value.metadata == {"published": True}
+        assert snapshot.trace is not None
+        assert snapshot.trace.keys[k].obtained is Obtained.PUBLISHED
+    for name in ("x", "y"):
+        kind = {"resource_namespace": "test", "resource_name": name}
+        assert metrics.counter("cache_access_total", status="stale_fallback", **kind) == 0
+    await settle()
+
+
+async def test_a_call_counts_with_its_time_for_who_is_left_when_who_queued_it_has_gone() -> None:
+    building = builder(Single("x", fetch=latency(3)), max_concurrency=1)
+    holder = asyncio.ensure_future(building.build([key("x", "2")]))
+    await asyncio.sleep(1)
+    first = asyncio.ensure_future(building.build([X]))
+    second = asyncio.ensure_future(building.session().resolve([X]))
+    await asyncio.sleep(1)
+    first.cancel()
+    counted = (await second).diagnostics
+    assert counted.source_calls_by_source == {"x": 1}
+    assert counted.source_latency_ms_by_source == {"x": pytest.approx(3000)}
+    await holder
 
 
 # Added: threads, copies, ends of stages, callers with different deadlines

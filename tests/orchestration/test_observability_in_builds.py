@@ -135,7 +135,9 @@ async def test_a_build_reports_itself_its_misses_and_what_it_resolved() -> None:
     assert seen.count("cache_access_total", status="miss") == 1
     assert seen.count("source_fetch_total", source="x", status="success") == 1
     (built,) = seen.of("snapshot_built")
+    differs = built["diagnostics"] != snapshot.diagnostics
     assert built.pop("diagnostics") == snapshot.diagnostics
+    assert not differs
     assert built == {
         "snapshot_id": snapshot.snapshot_id, "resources": 1, "resolved": 1, "failed": 0,
         "build_failed": False, "strict": True,

@@ -288,6 +288,20 @@ async def test_a_stale_value_made_from_what_is_pinned_stands_in_for_one_that_fai
     assert "down" in snapshot[MIDDLE].metadata["fallback_error"]
 
 
+async def test_what_a_session_fetched_to_derive_from_was_not_in_the_cache() -> None:
+    """What was there before it began, or was published, was; asked for or not."""
+    shop = Shop()
+    await shop.builder.build([OTHER])
+    shop.middle.needs = lambda key: [BASE, OTHER]
+    session = await shop.session(MIDDLE)
+    snapshot = await session.resolve([BASE, OTHER])
+    assert [snapshot[k].from_cache for k in (MIDDLE, BASE, OTHER)] == [False, False, True]
+    session = shop.builder.session()
+    await shop.builder.publisher.publish(BASE, 2, source="feed")
+    await session.resolve([MIDDLE])
+    assert (await session.resolve([BASE]))[BASE].from_cache
+
+
 @pytest.mark.parametrize("first", ["the session", "the other"])
 async def test_who_waits_for_what_a_session_derives_from_pins_gets_the_current(first: str) -> None:
     shop = Shop(default_policy=FreshnessPolicy(10, 20))

@@ -43,6 +43,7 @@ from coalestra.orchestration.tracing import (
     MOST_KEYS,
 )
 from tests.contracts.caches import SingleKeyCache
+from tests.observability.recording import Recorder
 from tests.orchestration.scripted import (
     Batch,
     Derived,
@@ -312,6 +313,51 @@ async def test_a_value_that_is_kept_as_its_source_fails_stands_in_from_then_on()
         assert (found.error_type, found.start) == ("ResourceResolutionError", 20)
         ways.append(trace_of(await session.revalidate([A])).keys[A].obtained)
     assert ways == [Obtained.FETCHED, Obtained.FALLBACK, Obtained.FETCHED]
+
+
+async def test_a_deadline_during_the_wait_for_a_later_source_is_among_what_was_tried() -> None:
+    async def broken(key: ResourceKey, context: FetchContext) -> Any:
+        raise SourceUnavailableError("down for repairs")
+
+    b = builder(
+        Single("first", "d", priority=20, fetch=broken),
+        Derived("second", "d", needs=lambda key: [A]),
+        Single("a", fetch=latency(50)),
+    )
+    snapshot = await b.build([D], strict=False, deadline_seconds=2, trace=True)
+    found = trace_of(snapshot).keys[D]
+    assert [(each.source, each.at) for each in found.refusals] == [("first", 0), ("second", 2)]
+    assert "'second' brought nothing" in snapshot.explain(D)
+    assert "deadline of 2 s" in snapshot.explain(D)
+    await settle()
+
+
+async def test_who_gets_what_was_acquired_while_a_cache_was_asked_waits_no_longer() -> None:
+    """That is a join, and told as one: in the trace, in metadata, in counts and in events."""
+
+    class Slow(SingleKeyCache):
+        async def get(self, key: ResourceKey, *, now: float, policy: FreshnessPolicy) -> Any:
+            found = self._lookup(key, now, policy)
+            await asyncio.sleep(1)
+            return found
+
+    seen = Recorder()
+    b = builder(
+        Single("a", fetch=latency(0.1)), Single("b", fetch=latency(5)),
+        cache=Slow(), events=seen, metrics=seen, buffer_observability=False,
+    )  # fmt: skip
+    hurried = b.build([A], deadline_seconds=1, snapshot_id="hurried")
+    _, snapshot = await asyncio.gather(hurried, b.build([A, B], trace=True))
+    found, counted = trace_of(snapshot).keys[A], snapshot.diagnostics
+    assert (found.joined, found.end) == ("hurried", 1)
+    assert snapshot[A].metadata == {"coalesced_request": True}
+    assert (counted.coalesced_requests, counted.cache_misses) == (1, 2)
+    (joined,) = [each for each in seen.events if each.event_type == "resource_joined"]
+    assert joined.payload["snapshot_id"] == snapshot.snapshot_id
+    counters = [each.metric for each in seen.metrics]
+    assert counters.count("singleflight_join_total") == 1
+    assert counters.count("cache_access_total") == 3, "none of the looks found anything"
+    await asyncio.sleep(5)  # until all is stored
 
 
 async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:

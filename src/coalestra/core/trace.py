@@ -584,7 +584,7 @@ def _told_waits(found: KeyTrace) -> Iterator[str]:
 def _told_tries(trace: Trace, found: KeyTrace) -> list[str]:
     """Return what was tried, call by call and source by source, in order."""
     calls = [trace.calls[index] for index in found.calls]
-    spoken = {call.source for call in calls if call.outcome != "success"}
+    spoken = {call.source for call in calls if call.outcome not in ("success", "under_way")}
     told = [(call.start, _told_call(trace, call)) for call in calls]
     for refusal in found.refusals:
         if refusal.source not in spoken or refusal.status not in ("failure", "circuit_open"):

@@ -714,6 +714,7 @@ class Call:
         self.lane: Lane = lane
         self.link: Link = lane.link
         self.work: Work = lane.work
+        self._record: DiagnosticsRecorder = lane.work.record
         self.dispatch: Dispatch = lane.dispatch
         self.parts: Parts = lane.dispatch.parts
         self.flights: dict[Flight, None] = dict.fromkeys(flights)
@@ -1413,7 +1414,7 @@ class Call:
             if many:
                 held = await pace.through(store.weigh(by_key, now=self.parts.clock.now()))
                 await pace.rest()  # all at once takes a while
-            self.work.record.cache_batch_writes += 1
+            self._record.cache_batch_writes += 1
             stored = self.dispatch.store(self, made, by_key, held)
         while made:
             if held is not None:
@@ -1486,7 +1487,7 @@ class Call:
         pass_on(error)
         self.fresh.discard(flight)
         future = isinstance(error.__cause__, FutureObservation)
-        self.work.record.future_timestamp_rejections += future
+        self._record.future_timestamp_rejections += future
         self._unusable = self._failure_of(error)
         self.refuse(flight, error, "invalid_timestamp" if future else "failure")
 
@@ -1589,7 +1590,7 @@ class Call:
     def _refuse_absent(self, flight: Flight, answer: ResourceAbsent | type[ResourceAbsent]) -> None:
         """Note that the source has answered, that there is none."""
         self.fresh.add(flight)
-        self.work.record.absent_answers += 1
+        self._record.absent_answers += 1
         self.refuse(flight, answer() if isinstance(answer, type) else answer, "absent")
 
     def _refuse_stale(self, flight: Flight, revision: Revision) -> None:
@@ -1606,7 +1607,12 @@ class Call:
     # What it counts for, in the diagnostics of its unit of work and in the metrics ----------------
 
     def count_attempt(self) -> None:
-        """Count an attempt, and with the first one the call."""
+        """Count an attempt, and with the first one the call.
+
+        That is for a reader who is left once the one who queued it has gone.
+        """
+        if self.work.over and self.flights:
+            self._record = next(iter(self.flights)).living_sponsor().record
         if not self.attempts:
             self._count_calls(1)
             if self.link.kind is _BATCH:
@@ -1617,14 +1623,6 @@ class Call:
         else:
             self._record.retries += 1
         self.attempts += 1
-
-    @property
-    def _record(self) -> DiagnosticsRecorder:
-        """Where an attempt counts: for a reader who is left once the one who queued it has gone."""
-        if self.work.over:
-            for flight in self.flights:
-                return flight.living_sponsor().record
-        return self.work.record
 
     def _count_calls(self, count: int) -> None:
         record, name = self._record, self.link.name
@@ -1645,7 +1643,7 @@ class Call:
 
     def _count_latency(self, latency_ms: float, attempts: int = 1) -> None:
         """Add what attempts took, in milliseconds."""
-        name, by_source = self.link.name, self.work.record.source_latency_ms_by_source
+        name, by_source = self.link.name, self._record.source_latency_ms_by_source
         by_source[name] = by_source.get(name, 0.0) + latency_ms
         self.link.attempts += attempts
         self.link.latency_ms += latency_ms

@@ -166,7 +166,8 @@ class Work:
     """The context, deadline, counters and lanes that the stages of one unit of work share.
 
     While stages wait, one timer watches the deadline for all of them. Once it is `over`, struck by
-    its deadline or `closed` and no stage left, nothing is started in its name any more.
+    its deadline or `closed` and no stage left, nothing is started in its name any more. `since` is
+    the number of this process at which a session began.
     """
 
     loop: asyncio.AbstractEventLoop | None = None
@@ -175,6 +176,7 @@ class Work:
     flushing: bool = False
     closed: bool = False
     over: bool = False
+    since: int = 0
 
     def __init__(
         self,
@@ -764,6 +766,13 @@ class FlightBoard:
             if cycle is not None:
                 gather.failures[flight.key] = Failure.of_cycle(flight.key, cycle)
                 return
+        flight.wait(gather, self.note_join(gather, flight))
+        gather.pending[flight] = None
+        if flight.cutoff != math.inf:
+            self.extend(flight, gather.cutoff)
+
+    def note_join(self, gather: Gather, flight: Flight) -> bool:
+        """Note that `gather` gets what a flight brings; return whether that is another's."""
         joined = flight.sponsor is not gather.work
         if joined:
             gather.work.record.coalesced_requests += 1
@@ -771,12 +780,9 @@ class FlightBoard:
                 mine, its = gather.work.context, flight.sponsor.context
                 ids = {"snapshot_id": mine.snapshot_id, "joined_snapshot_id": its.snapshot_id}
                 self._report.tell("resource_joined", resource=flight.key, **ids)
-        flight.wait(gather, joined)
-        gather.pending[flight] = None
         if gather.work.trace is not None:
             gather.trace_flight(flight, joined=joined)
-        if flight.cutoff != math.inf:
-            self.extend(flight, gather.cutoff)
+        return joined
 
     def derive(self, flight: Flight) -> None:
         """Let a flight begin to have dependencies: from now on a cycle can go through it.
@@ -1112,15 +1118,11 @@ def stale_candidate(awaited: Flight | Read, failure: Failure, parts: Parts) -> R
     stale = not _is_fresh(newest, policy, now)
     if stale and not policy.allow_stale_on_error:
         return None
-    error = failure.make()
-    reading = Reading(
-        newest,
-        policy.ttl_seconds,
-        stale=stale,
-        from_cache=newest is not awaited.candidate,
-        notes={"fallback_error_type": type_name(error), "fallback_error": message_of(error)},
-    )
-    reading.fallback = error
+    reading = Reading(newest, policy.ttl_seconds, newest is not awaited.candidate, stale)
+    if stale:
+        error = reading.fallback = failure.make()
+        notes = {"fallback_error_type": type_name(error), "fallback_error": message_of(error)}
+        reading.notes = notes
     return reading
 
 

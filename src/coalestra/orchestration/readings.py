@@ -317,16 +317,19 @@ class View:
 
 
 def beneath(
-    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading]
+    readings: Mapping[ResourceKey, Reading], pins: Mapping[ResourceKey, Reading], since: int = 0
 ) -> Slices[dict[ResourceKey, Reading]]:
-    """Return what is to be pinned out of sight with `readings`: what they rest on, in slices."""
+    """Return what is to be pinned out of sight with `readings`: what they rest on, in slices.
+
+    What was read `since` that number was not in the cache already, unless it was published.
+    """
     derived = _derived(readings)
     if not derived:
         return {}
     hidden = yield from _newest_hidden(derived.values(), readings, pins)
     found: dict[ResourceKey, Reading] = {}
     for number, (key, revision) in enumerate(hidden.items(), 1):
-        found[key] = Reading(revision, None, True)
+        found[key] = Reading(revision, None, revision.began < since or not revision.attempts)
         if not number % _PER_SLICE:
             yield
     return found

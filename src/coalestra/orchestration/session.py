@@ -31,7 +31,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, c
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.pace import Slices, all_or_none
+from coalestra.concurrency.pace import Slices, all_or_none, at_once
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyCycleError,
@@ -58,7 +58,7 @@ from coalestra.core.request import (
 )
 from coalestra.core.snapshot import FetchContext, Snapshot, snapshot_of
 from coalestra.core.validation import flag, instance, integer, number, shown, text, wrong_type
-from coalestra.core.values import SnapshotValue, new_id
+from coalestra.core.values import SnapshotValue, new_id, next_number
 from coalestra.orchestration import readings
 from coalestra.orchestration.flights import (
     LOOK_SECONDS,
@@ -68,7 +68,7 @@ from coalestra.orchestration.flights import (
     call_served,
     circle_of,
 )
-from coalestra.orchestration.readings import Failure, Pins, Reading, pin_all
+from coalestra.orchestration.readings import Failure, Pins, Reading, beneath, pin_all
 from coalestra.orchestration.singleflight import Crowd, Engine, Stage
 from coalestra.orchestration.tracing import StageLog
 
@@ -208,6 +208,8 @@ class UnitOfWork:
         self, readings: Mapping[ResourceKey, Reading], below: Mapping[ResourceKey, Reading] | None
     ) -> None:
         if self.lasting:
+            if below is None:
+                below = at_once(beneath(readings, self.pins, self.work.since))
             pin_all(self.pins, readings, below)
         else:
             self.pins.update(readings)
@@ -426,6 +428,7 @@ class Terms(NamedTuple):
             told = {"kind": kind, "snapshot_id": context.snapshot_id}
             parts.report.tell("snapshot_started", **told)
         work = Work(context, deadline, noted)
+        work.since = next_number() if lasting else 0
         return UnitOfWork(self.engine, work, lasting, parts.clock.monotonic())
 
 
@@ -921,7 +924,8 @@ class Revalidation:
             pins.pop(key, None)
         yield
         pins.update(self._readings)
-        pin_all(pins, {}, (yield from readings.beneath(self._readings, pins)))
+        below = yield from readings.beneath(self._readings, pins, self.unit.work.since)
+        pin_all(pins, {}, below)
         self._next = pins
 
     def _visible(self, snapshot: Snapshot) -> Snapshot:

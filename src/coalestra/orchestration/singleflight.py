@@ -621,11 +621,14 @@ class SingleFlight:
         """Acquire what the cache has nothing of use of, unless there is known to be none."""
         if self._absent.keys:
             wanted = [each for each in wanted if not self._is_absent(gather, each[0])]
-        gather.work.record.cache_misses += len(wanted)
-        if self.parts.report is not None:
-            for key, _, _ in wanted:
-                self.parts.report.count("cache_access_total", key, status="miss")
+        self._count_misses(gather, [key for key, _, _ in wanted])
         self._acquire(gather, wanted)
+
+    def _count_misses(self, gather: Gather, keys: Collection[ResourceKey]) -> None:
+        gather.work.record.cache_misses += len(keys)
+        if self.parts.report is not None:
+            for key in keys:
+                self.parts.report.count("cache_access_total", key, status="miss")
 
     def _is_absent(self, gather: Gather, key: ResourceKey) -> bool:
         """Let a key fail for `gather` that is known to be absent."""
@@ -677,9 +680,11 @@ class SingleFlight:
             isinstance(settlement, Reading)
             or (settlement and settlement.failure.absent and not read.group.changed)
         ):
-            if gather.logs and key in gather.logs:
-                gather.logs[key].flies(flight.note(), joined=flight.sponsor is not gather.work)
-            self._hand(gather, flight, settlement, joined=True)
+            self._count_misses(gather, (key,))
+            joined = self.board.note_join(gather, flight)
+            if gather.work.trace is not None:
+                gather.work.trace.handed(gather.logs.get(key), key)
+            self._hand(gather, flight, settlement, joined)
         elif self._leases and read.has_use_of(revision) and read.was_fit(revision, now):
             self.reads.ask_for_lease(gather, key, read.policy, revision.version)
         else:
@@ -1355,9 +1360,7 @@ class SingleFlight:
         key = flight.key
         try:
             if joined or gather.forced or type(settlement) is not Reading:
-                reading = gather.receive(key, settlement, joined)
-                if reading is not None and reading.fallback is not None:
-                    self._report_fallback(gather, reading)
+                self._receive(gather, key, settlement, joined)
             else:
                 gather.readings[key] = settlement
         except BaseException as error:
@@ -1367,9 +1370,12 @@ class SingleFlight:
         if not gather.pending and not gather.open:
             self.agenda.add(self._conclude, gather)
 
-    def _report_fallback(self, gather: Gather, reading: Reading) -> None:
-        report, key = self.parts.report, reading.revision.key
-        if report is not None:
+    def _receive(
+        self, gather: Gather, key: ResourceKey, settlement: Settlement, joined: bool
+    ) -> None:
+        """Let a gather take what became of a key, and report what stands in."""
+        reading, report = gather.receive(key, settlement, joined), self.parts.report
+        if reading is not None and reading.fallback is not None and report is not None:
             if reading.from_cache:
                 report.count("cache_access_total", key, status="stale_fallback")
             facts = {"error_type": reading.fallback, "snapshot_id": gather.work.context.snapshot_id}
@@ -1448,7 +1454,7 @@ class SingleFlight:
                 yield from work.view.covers(readings)
         below = None
         if gather.pins_beneath and not odd:
-            below = yield from beneath(gather.readings, gather.base)
+            below = yield from beneath(gather.readings, gather.base, gather.work.since)
         if not gather.open:
             return
         gather.open = False
@@ -1549,18 +1555,16 @@ class SingleFlight:
     ) -> None:
         """End a key at the deadline, with how it stood then unless its call has said so itself."""
         flight = awaited if isinstance(awaited, Flight) else None
-        if flight is not None and isinstance(flight.settlement, Reading):
-            gather.receive(key, flight.settlement, joined=True)
-            return
-        if failure is None or (flight is not None and ended_late(flight)):
-            failure = late(key, gather.work.deadline, flight)
-        if awaited is not None and gather.accepts_stale(key):
-            stale = stale_candidate(awaited, failure, self.parts)
-            if stale is not None:
-                gather.readings[key] = stale
-                self._report_fallback(gather, stale)
-                return
-        gather.failures[key] = failure
+        settlement = None if flight is None else flight.settlement
+        if not isinstance(settlement, Reading):
+            if failure is None or (flight is not None and ended_late(flight)):
+                failure = late(key, gather.work.deadline, flight)
+            stale = None
+            if awaited is not None and gather.accepts_stale(key):
+                stale = stale_candidate(awaited, failure, self.parts)
+            settlement = Failed(failure, stale)
+        joined = flight is not None and flight.sponsor is not gather.work
+        self._receive(gather, key, settlement, joined)
 
     # News: what the cache tells of other writers ------------------------------------------------
 

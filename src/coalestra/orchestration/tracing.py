@@ -26,7 +26,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from coalestra._endings import pass_on, running_loop
 from coalestra.core import trace as records
-from coalestra.core.errors import SourceFailure, folded_message, message_of, type_name
+from coalestra.core.errors import (
+    ResourceResolutionError,
+    SourceFailure,
+    folded_message,
+    message_of,
+    type_name,
+)
 from coalestra.core.frozen import EMPTY, FrozenDict
 from coalestra.core.keys import ResourceKey
 from coalestra.core.protocols import Tracer
@@ -283,8 +289,12 @@ class FlightLog:
 
     def refused(self, failure: SourceFailure, status: str) -> None:
         """Note that a source brought nothing for the key."""
-        said = failure.error_type, folded_message(failure.message)
-        self.refusals.append(records.SourceRefusal(failure.source, _now(), status, *said))
+        self.refusals.append(_refusal(failure, _now(), status))
+
+
+def _refusal(failure: SourceFailure, at: float, status: str) -> records.SourceRefusal:
+    said = failure.error_type, folded_message(failure.message)
+    return records.SourceRefusal(failure.source, at, status, *said)
 
 
 Found = tuple[str | None, str | None, tuple[Foundation, ...], int]
@@ -305,6 +315,7 @@ class KeyLog(_Stretch):
     found: Found = (None, None, (), 0)
     error_type: str | None = None
     error: str | None = None
+    blamed: tuple[records.SourceRefusal, ...] = ()
 
     def cached(self, how: Obtained, scheduled: bool | None) -> None:
         """Note that the cache had a value of use; if that is being refreshed, whether by us."""
@@ -332,7 +343,10 @@ class KeyLog(_Stretch):
             self.handed()
         if reading is None:
             self.obtained, self.found = Obtained.FAILED, (None, None, (), 0)
-            self.error_type, self.error = _said(None if failure is None else failure.make())
+            error = None if failure is None else failure.make()
+            self.error_type, self.error = _said(error)
+            if self.flight is not None and isinstance(error, ResourceResolutionError):
+                self.blamed = tuple([_refusal(f, self.end, "failure") for f in error.failures])
             return
         self.found = _facts(reading.revision)
         self.error_type, self.error = _said(reading.fallback)
@@ -359,7 +373,10 @@ class KeyLog(_Stretch):
         both = sorted([*self.waits, *flight.waits], key=attrgetter("start"))
         waits = [each for each in both if each.start <= until]
         mine = [call for call in flight.calls if call.start <= until]
-        refusals = [each for each in flight.refusals if each.at <= until]
+        known = min(until, self.end)
+        refusals = [each for each in flight.refusals if each.at <= known]
+        tried = {each.source for each in refusals}  # the rest this reader's deadline has cut short
+        refusals += [e for e in self.blamed if e.source not in tried and e.at <= known]
         return self.told(
             KeyTrace,
             began,
