@@ -1,7 +1,8 @@
-"""What mkdocstrings is told of what the library makes as it runs: ``__all__``, and methods."""
+"""What mkdocstrings is told of what the library makes as it runs: exports, methods, defaults."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import griffe
@@ -32,3 +33,19 @@ class BlockingMethods(griffe.Extension):
                         docstring=attribute.docstring,
                     )
                     facade.set_member(attribute.name, method)
+
+
+class WhatIsMeant(griffe.Extension):
+    """Shows defaults in place of what checks them, and what the base says that is named."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        made = attr.value
+        if isinstance(made, griffe.ExprCall) and str(made.function).endswith("ruled"):
+            attr.value = made.arguments[0]
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        for module in (pkg["adapters"], pkg["observability"]):
+            for said in (each.docstring for each in module.classes.values() if each.docstring):
+                if named := re.search(r" See `(\w+)`\.", said.value):
+                    more = module[named[1]].docstring.value.partition("\n\n")[2]
+                    said.value = f"{said.value.replace(named[0], '')}\n\n{more}"

@@ -68,8 +68,8 @@ class CallableAdapter(AdapterSettings):
         run_sync_in_thread: whether a plain function leaves the event loop.
         blocking_io: whether the function waits for a network, a disk or the like.
         transport_timeout_seconds: the longest its transport lets it wait.
-        blocking_io_offloaded: whether calls leave the event loop: True for a plain function that
-            runs in a worker thread.
+        blocking_io_offloaded (bool): whether calls leave the event loop: True for a plain function
+            that runs in a worker thread.
     """
 
     _called: ClassVar[str] = "fetcher"

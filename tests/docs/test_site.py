@@ -49,6 +49,9 @@ def test_the_site_has_no_broken_link_and_an_entry_for_every_public_name(tmp_path
     assert done.returncode == 0, done.stderr
     documented = names_in((site / "objects.inv").read_bytes())
     assert {f"coalestra.{name}" for name in PUBLIC} <= documented
+    api = "".join(page.read_text("utf-8") for page in (site / "reference" / "api").glob("*.html"))
+    assert "fetcher" in api
+    assert not re.search(r">ruled<|See\W+(<code>)?CallableAdapter", api)  # which nobody can import
 
 
 def names_in(inventory: bytes) -> set[str]:
