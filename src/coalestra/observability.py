@@ -280,10 +280,10 @@ FAILURES = frozenset({
 class LoggingEventSink:
     """Writes each event to a logger: failures at level WARNING, everything else at INFO.
 
-    A failure is an event of ``FAILURES``, and a build or session call in which a key failed or
-    that changed nothing. ``levels`` says otherwise for single types of events. A log record has the
-    attributes ``event_type`` and ``event_payload`` for structured formatters. Log handlers may
-    write to files or networks, so a builder puts this sink behind a buffer unless told otherwise.
+    The reference of events names the failures; a build or session call in which a key failed is
+    one. ``levels`` says otherwise for single types of events. A log record has the attributes
+    ``event_type`` and ``event_payload`` for structured formatters. Log handlers may write to files
+    or networks, so a builder puts this sink behind a buffer unless told otherwise.
 
     Args:
         logger: where to write; the logger ``coalestra`` by default.

@@ -14,6 +14,7 @@ import coalestra
 from coalestra import Obtained, WaitReason
 from coalestra import inspect as live_page
 from coalestra._telemetry import COUNTERS, OBSERVATIONS
+from coalestra.observability import FAILURES
 from coalestra.orchestration.builder import BuilderSettings
 from tests.docs import public_names
 from tests.docs.pages import ROOT
@@ -49,6 +50,8 @@ def test_every_public_error_has_its_entry() -> None:
 def test_every_metric_and_event_that_can_be_reported_has_its_row() -> None:
     metrics = COUNTERS.keys() | OBSERVATIONS.keys()
     assert first_cells("metrics.md") == metrics | EVENTS.keys()
+    failures = text_of("metrics.md").partition("and these failures:")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", failures)) == FAILURES
 
 
 def test_every_count_of_the_diagnostics_is_named() -> None:
