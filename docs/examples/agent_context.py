@@ -35,7 +35,7 @@ USER = ResourceKey("user", "profile", "ada")
 MEMORY = {"ada": "Ada, an engineer", "tides": "the moon pulls", "steam": "hot water pushes"}
 NOTES = {about: ResourceKey("notes", "text", about) for about in ("tides", "steam")}
 SEARCH = {about: ResourceKey("web", "search", about) for about in NOTES}
-ONE_TRY = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=1))  # else time-outs are retried
+ONE_TRY = SourceResiliencePolicy(retry=RetryPolicy(max_attempts=1))  # else timeouts are retried
 
 
 class Agent:

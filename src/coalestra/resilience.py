@@ -551,7 +551,7 @@ TRANSIENT_ERRORS: tuple[type[Exception], ...] = (
     asyncio.TimeoutError,
     concurrent.futures.TimeoutError,
 )
-"""What is retried by default: what says that it may pass, connections and time-outs."""
+"""What is retried by default: what says that it may pass, any `OSError`, and timeouts."""
 
 _FINAL = (
     CircuitOpenError,
