@@ -75,6 +75,10 @@ def failures(snapshot: Snapshot, of: ResourceKey = X) -> tuple[SourceFailure, ..
     return error.failures
 
 
+async def failing() -> None:
+    raise DOWN
+
+
 async def attempt(building: SnapshotBuilder, *keys: ResourceKey, **how: Any) -> Snapshot:
     return await building.build(keys or [X], strict=False, **how)
 
@@ -300,6 +304,31 @@ async def test_a_worker_cancelled_from_outside_fails_its_keys_and_reopens_the_ci
     assert await circuits(building) == {"x": ("open", 1)}
 
 
+@pytest.mark.parametrize("steps", range(3))
+async def test_a_worker_cancelled_before_it_asks_again_leaves_nobody_waiting(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large batch rests once more before it is asked for."""
+    monkeypatch.setattr("coalestra.orchestration.calls._KEYS_AT_ONCE", 1)
+    source = Batch("x", before=failing)
+    building = builder(tuned(source, resilience_policy=retrying(2)))
+    task = await begun(attempt(building, A1, B1))
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    again = loop.time() + 1
+
+    def workers() -> list[asyncio.Task[Any]]:
+        here = loop.time() >= again
+        return [each for each in asyncio.all_tasks() if here and each.get_name() == "coalestra x"]
+
+    def strike() -> None:
+        for worker in workers():
+            worker.cancel()
+
+    loop.interrupt_when(workers, lambda: loop.interrupt(steps, strike))
+    assert set((await task).errors) == {A1, B1}
+
+
 @pytest.mark.parametrize("by", ["queue timeout", "deadline"])
 async def test_a_call_never_made_leaves_the_count_alone_and_the_probe_free(by: str) -> None:
     source = stock(breaking(2))
@@ -384,10 +413,7 @@ async def test_a_failure_counts_though_its_readers_go_as_inputs_are_copied_for_a
         gate.pass_()
         return payload
 
-    async def fail() -> None:
-        raise DOWN
-
-    source = Derived("x", needs=lambda k: [key("input")], before=fail)
+    source = Derived("x", needs=lambda k: [key("input")], before=failing)
     tuned(source, resilience_policy=breaking(2, attempts=2))
     settings = {"payload_copier": copied, "run_payload_copies_in_thread": True}
     building = builder(source, Single("input"), **settings)

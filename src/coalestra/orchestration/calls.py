@@ -862,7 +862,7 @@ class Call:
 
     def lost(self) -> None:
         """Learn that the worker has ended, however that came about."""
-        if not self._over and self._retry is None:
+        if not self._over:
             self.end(SourceUnavailableError(f"the call of source {self.link.name!r} was lost"))
 
     def forget(self) -> None:
