@@ -532,9 +532,14 @@ async def test_a_build_ends_whenever_its_workers_are_cancelled(kind: str, steps:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
 def test_a_program_that_ends_in_the_middle_of_work_ends_quietly(
-    steps: int, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+    steps: int,
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`asyncio.run` cancels every task once; what was started then would be destroyed pending."""
+    monkeypatch.setattr(pace, "SLICE_SECONDS", 60.0)  # however slow the machine is
+    monkeypatch.setattr(calls, "_QUIET_SECONDS", 60.0)
     refreshed = FreshnessPolicy(0.0, 1e9, refresh_mode=RefreshMode.STALE_WHILE_REVALIDATE)
 
     async def fetch(_key: ResourceKey, _context: FetchContext) -> Any:
