@@ -120,7 +120,8 @@ def test_a_buffer_that_has_something_to_deliver_is_working_however_long_it_must_
     )
     buffer.emit("first")
     assert buffer.flush(30)
-    wait_until(lambda: is_given_up(watch))  # the thread may not be at its bell again yet
+    wait_until(lambda: processor._cond._waiters)  # type: ignore[attr-defined]  # at its bell
+    assert is_given_up(watch)
     buffer.emit("second")
     assert not is_given_up(watch)
     processor.set()
