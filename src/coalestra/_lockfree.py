@@ -7,7 +7,8 @@ Laws:
 2. A change is one step of the interpreter that either happens or does not, such as ``setdefault``
    on a dictionary, ``append`` or ``popleft`` on a deque.
 3. Who waits has a bell of his own, a queue that only wakes him, and looks at the state again
-   whenever it rings. While the interpreter ends nobody waits: no other thread will ever run again.
+   whenever it rings. It is known as long as he holds it, so that an interrupt leaves none behind.
+   While the interpreter ends nobody waits: no other thread will ever run again.
 """
 
 from __future__ import annotations
@@ -96,12 +97,17 @@ class Changes:
     __slots__ = ("_ringers",)
 
     def __init__(self) -> None:
-        self._ringers: dict[Callable[[], object], None] = {}
+        self._ringers: dict[weakref.ref[Callable[[], object]], None] = {}
 
     def tell(self) -> None:
         """Have everybody who waits look at the state again; call this after a change."""
-        for ring in self._ringers.copy():
-            ring()
+        for each in self._ringers.copy():
+            if (ring := each()) is not None:
+                ring()
+
+    def _ring(self, ring: Callable[[], object]) -> None:
+        """Call this after a change, too, for as long as somebody holds it."""
+        self._ringers[weakref.ref(ring, self._ringers.pop)] = None
 
     def wait_for(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait in this thread, for so long at most, until ``holds`` returns True.
@@ -112,20 +118,17 @@ class Changes:
             return True
         bell: SimpleQueue[None] = SimpleQueue()
         ring = partial(bell.put, None)
-        self._ringers[ring] = None
+        self._ring(ring)
         end = None if seconds is None else time.monotonic() + seconds
         on_main = threading.current_thread() is threading.main_thread()
         longest = SIGNAL_LOOK_SECONDS if on_main else LONGEST_WAIT_SECONDS
-        try:
-            while not holds():
-                left = LONGEST_WAIT_SECONDS if end is None else end - time.monotonic()
-                if left <= 0 or sys.is_finalizing():
-                    return holds()
-                with contextlib.suppress(Empty):
-                    bell.get(timeout=min(left, longest))
-            return True
-        finally:
-            self._ringers.pop(ring, None)
+        while not holds():
+            left = LONGEST_WAIT_SECONDS if end is None else end - time.monotonic()
+            if left <= 0 or sys.is_finalizing():
+                return holds()
+            with contextlib.suppress(Empty):
+                bell.get(timeout=min(left, longest))
+        return True
 
     async def until(self, holds: Callable[[], bool], seconds: float | None = None) -> bool:
         """Wait on the running loop until ``holds`` returns True; see `wait_for`."""
@@ -142,14 +145,13 @@ class Changes:
             woken.set()
 
         timer = None if seconds is None else loop.call_later(seconds, expire)
-        self._ringers[ring] = None
+        self._ring(ring)
         try:
             while not holds() and not late:
                 await woken.wait()
                 woken.clear()
             return holds()
         finally:
-            self._ringers.pop(ring, None)
             if timer is not None:
                 timer.cancel()
 

@@ -14,7 +14,7 @@ import pytest
 from coalestra import _lockfree
 from coalestra._lockfree import Cell, Changes, WorkerQueue
 from tests.support.elsewhere import PATIENCE, in_thread, outcome, side_by_side
-from tests.support.strikes import at_every_line
+from tests.support.strikes import Struck, at_every_line, raise_struck
 
 
 def test_no_change_of_a_cell_is_lost_between_threads() -> None:
@@ -130,6 +130,22 @@ def test_a_change_told_after_the_loop_of_who_waited_is_gone_does_no_harm() -> No
 
     asyncio.run(leave())
     changes.tell()
+
+
+def test_a_wait_interrupted_at_any_line_leaves_nobody_who_would_be_told_for_ever() -> None:
+    changes = Changes()
+
+    def wait() -> None:
+        answers = [True, False, False]
+
+        def holds() -> bool:
+            changes.tell()
+            return answers.pop()
+
+        assert changes.wait_for(holds, PATIENCE)
+
+    at_every_line(wait, raise_struck, errors=(Struck,))
+    assert not changes._ringers
 
 
 def test_a_record_that_was_delivered_is_let_go_before_its_delivery_is_over() -> None:
