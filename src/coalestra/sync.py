@@ -167,6 +167,8 @@ def _tell(operation: weakref.ref[Operation[Any]], future: Future[Any]) -> None:
     if (told := operation()) is not None:
         told._told = True
         told._changes.tell()
+        if told.backlog is not None:
+            told.backlog.told(told)
         if told.task is not None and future.cancelled():
             with contextlib.suppress(RuntimeError):  # the loop is closed, so the task has ended
                 told.loop.call_soon_threadsafe(told.task.cancel)
@@ -436,6 +438,7 @@ class SubmissionBacklog:
 
     limit: int
     _places: dict[Operation[Any], None] = dataclasses.field(default_factory=dict)
+    _untold: dict[Operation[Any], None] = dataclasses.field(default_factory=dict)
     _changes: Changes = dataclasses.field(default_factory=Changes)
 
     @property
@@ -446,7 +449,7 @@ class SubmissionBacklog:
     def enter(self, operation: Operation[Any]) -> None:
         """Take a place for an operation, until it leaves; raise at once if all are taken."""
         places = self._places
-        places[operation] = None
+        places[operation] = self._untold[operation] = None
         # Of those that came at the same time to the last place, the first one has it.
         if len(places) > self.limit and operation not in islice(places.copy(), self.limit):
             self.leave(operation)
@@ -457,18 +460,26 @@ class SubmissionBacklog:
         self._places.pop(operation, None)
         self._changes.tell()
 
+    def told(self, operation: Operation[Any]) -> None:
+        """Let no flush wait for its future any more; its place was given back before."""
+        self._untold.pop(operation, None)
+        self._changes.tell()
+
     def flush(self, timeout_seconds: float | None) -> None:
         """Wait until what is accepted now is done; TimeoutError if that takes longer than so."""
-        left = [each for each in self._places.copy() if each.accepted]
+        left = [each for each in self._places.copy() | self._untold.copy() if each.accepted]
         accepted = len(left)
 
+        def under_way(operation: Operation[Any]) -> bool:
+            return operation in self._places or operation in self._untold
+
         def done() -> bool:
-            while left and left[-1] not in self._places:
+            while left and not under_way(left[-1]):
                 left.pop()
             return not left
 
         if not self._changes.wait_for(done, timeout_seconds):
-            pending = sum(each in self._places for each in left)
+            pending = sum(map(under_way, left))
             raise TimeoutError(
                 f"submissions accepted before the flush must be done within {timeout_seconds:g} s, "
                 f"got {pending} of {accepted} still pending; allow more time"

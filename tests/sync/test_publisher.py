@@ -20,6 +20,7 @@ from coalestra.core.errors import (
 from coalestra.core.values import ResourceUpdate
 from coalestra.sync import LoopThread, SubmissionBacklog, SyncResourcePublisher
 from tests.support.elsewhere import error_of, in_thread, outcome
+from tests.support.gates import ThreadGate
 from tests.sync.fakes import RESULT, RecordingPublisher
 from tests.sync.steps import PRICE, VOLUME
 
@@ -206,6 +207,27 @@ def test_a_place_is_free_at_once(loop_thread: LoopThread, downstream: RecordingP
     for number in range(200):
         outcome(publisher.submit_publish(PRICE, number, source="stream"))
         assert publisher.pending_submissions == 0
+
+
+def test_a_flush_waits_until_the_futures_tell(
+    publisher: SyncResourcePublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do so only when their places are free again, and whoever has flushed may ask them."""
+    plain, gate = SubmissionBacklog.leave, ThreadGate()
+
+    def leave(backlog: SubmissionBacklog, operation: Any) -> None:
+        plain(backlog, operation)
+        gate.pass_()
+
+    monkeypatch.setattr(SubmissionBacklog, "leave", leave)
+    future = publisher.submit_publish(PRICE, 1, source="stream")
+    gate.wait_arrived()
+    assert publisher.pending_submissions == 0
+    with pytest.raises(TimeoutError, match="1 of 1 still pending"):
+        publisher.flush(timeout_seconds=0)
+    gate.open()
+    publisher.flush(timeout_seconds=10)
+    assert future.done()
 
 
 def test_an_error_of_the_publisher_stays_with_its_future(
