@@ -850,8 +850,8 @@ class SyncSnapshotBuilder:
         self._lingering: asyncio.Task[None] | None = None
         self._thread = LoopThread(name=THREAD_NAME, owner="the sync snapshot builder")
         self._lifeline = _Lifeline()
-        forgotten = weakref.finalize(self._lifeline, self._thread.finish, self._thread.end)
-        forgotten.atexit = False
+        self._forgotten = weakref.finalize(self._lifeline, self._thread.finish, self._thread.end)
+        self._forgotten.atexit = False
         self.publisher: SyncResourcePublisher = SyncResourcePublisher(
             builder.publisher, self._thread, self._backlog, isolator, self._lifeline
         )
@@ -977,6 +977,7 @@ class SyncSnapshotBuilder:
         thread.require_other_thread("close()")
         was_over = thread.finished
         closing = thread.finish(self._close_all)
+        self._forgotten.detach()  # or what closing raises would keep all of this alive
         if sys.is_finalizing():
             return
         patience = self.shutdown_timeout_seconds + 2 * UNWIND_SECONDS

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import threading
+import weakref
 from concurrent.futures import Future
 from typing import Any
 
@@ -135,19 +137,33 @@ def test_the_loops_own_thread_cannot_close_the_facade() -> None:
     assert messages[0].startswith("close() of the sync snapshot builder must not be called on")
 
 
-def test_an_error_of_the_builders_closing_is_raised_and_the_thread_ends() -> None:
+def one_that_fails_to_close() -> SyncSnapshotBuilder:
     class Session:
         def close(self) -> None:
             raise OSError("already gone")
 
     prices: Any = source(Prices())
     prices.close = Session().close
-    made = SnapshotBuilder([prices], manage_lifecycle=True)
-    sync = SyncSnapshotBuilder(made)
+    return SyncSnapshotBuilder(SnapshotBuilder([prices], manage_lifecycle=True))
+
+
+def test_an_error_of_the_builders_closing_is_raised_and_the_thread_ends() -> None:
+    sync = one_that_fails_to_close()
     with pytest.raises(OSError, match="already gone"):
         sync.close()
     sync.close()
     assert loop_threads() == []
+
+
+def test_a_facade_whose_closing_failed_can_be_forgotten() -> None:
+    """The error leads to the facade, and must not be held by what waits for the facade's end."""
+    sync = one_that_fails_to_close()
+    kept = weakref.ref(sync)
+    with pytest.raises(OSError, match="already gone"):
+        sync.close()
+    del sync
+    gc.collect()
+    assert kept() is None
 
 
 class Slow:
