@@ -526,7 +526,9 @@ class BufferedSink(Generic[S, R]):
             noted=Condition(subject_of(self._kind, downstream)).note,
         )
         # The worker holds on to the queue but not to this object, so this is reached.
-        weakref.finalize(self, self.queue.refuse).atexit = False
+        forgotten = weakref.finalize(self, self.queue.refuse)
+        forgotten.atexit = False
+        self.queue.call_at_end(forgotten.detach)  # or a sink that leads here would never be let go
 
     def _put(self, record: R) -> None:
         if not self.queue.put(record) and self._raises and not self.queue.closed:

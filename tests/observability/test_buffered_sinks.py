@@ -234,6 +234,25 @@ def test_a_forgotten_buffer_delivers_what_it_has_and_its_thread_ends() -> None:
     assert held.emitted == ["first", "second"]
 
 
+@pytest.mark.parametrize("records", [0, 1])
+def test_a_closed_buffer_can_be_forgotten_though_its_sink_leads_to_it(records: int) -> None:
+    """As an application does that is the sink of a builder of its own."""
+
+    class Application(Recorder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.buffer = BufferedEventSink(self)
+
+    application = Application()
+    for _ in range(records):
+        application.buffer.emit("event")
+    assert application.buffer.close(timeout=PATIENCE)
+    kept = weakref.ref(application)
+    del application
+    gc.collect()
+    assert kept() is None
+
+
 def test_a_record_waits_until_a_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     downstream = Recorder()
     sink = BufferedEventSink(downstream)
