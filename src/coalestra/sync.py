@@ -127,6 +127,8 @@ class Operation(Generic[T]):
             self._task_ended(None, self.task)
 
     async def _perform(self, work: Work[T]) -> T:
+        if self.task is None:  # where tasks are eager this is within its making
+            await asyncio.sleep(0)
         self._started = True
         if self.future.cancelled():  # while the loop was busy with something else
             raise asyncio.CancelledError

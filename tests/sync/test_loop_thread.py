@@ -185,6 +185,38 @@ def test_what_ends_the_program_goes_to_the_threads_that_wait(
     outcome(submitted.future)
 
 
+EAGER: Any = getattr(asyncio, "eager_task_factory", None)
+
+
+@pytest.mark.skipif(EAGER is None, reason="this Python has no eager tasks")
+def test_where_tasks_are_eager_an_exit_and_a_cancellation_in_the_first_step_are_told(
+    loop_thread: LoopThread,
+) -> None:
+    begun, held, cancelled = threading.Event(), threading.Event(), threading.Event()
+
+    async def be_eager() -> None:
+        asyncio.get_running_loop().set_task_factory(EAGER)
+
+    async def end_the_program() -> None:
+        raise SystemExit(3)
+
+    async def hold() -> None:
+        begun.set()
+        held.wait(PATIENCE)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    loop_thread.run("be_eager()", be_eager)
+    assert isinstance(error_of(started(loop_thread, end_the_program).future), SystemExit)
+    holding = started(loop_thread, hold)
+    assert begun.wait(PATIENCE)
+    holding.future.cancel()
+    held.set()
+    assert cancelled.wait(PATIENCE)
+
+
 def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
     loop_thread: LoopThread, caplog: pytest.LogCaptureFixture
 ) -> None:
