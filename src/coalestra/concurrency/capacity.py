@@ -1,4 +1,4 @@
-"""How many source operations may run at once: over a whole builder, and for each source.
+"""How many calls of sources may run at once: over a whole builder, and for each source.
 
 Laws of the queue under everything here that waits, which every user may build on:
 
@@ -168,7 +168,7 @@ class CapacityLimiter:
 
 
 class CapacityLease:
-    """The slots held for one source operation, until `release`."""
+    """The slots held for one call of a source, until `release`."""
 
     __slots__ = ("_held", "_leases", "source")
 
@@ -215,7 +215,7 @@ class CapacityController:
     """One limit over all sources, and one for each source that has its own.
 
     Args:
-        global_limit: how many operations may run at once, whatever their source.
+        global_limit: how many calls may run at once, whatever their source.
         source_limits: limits by source name; they win over what sources declare.
 
     Raises:

@@ -64,7 +64,7 @@ class BuilderSettings:
     """The simple settings of a builder, checked, and fixed for its life. Times are seconds.
 
     Attributes:
-        max_concurrency: source operations at once, over all builds, sessions and refreshes.
+        max_concurrency: calls of sources at once, over all builds, sessions and refreshes.
         max_pending_tasks: workers for one source's single or derived keys; `max_concurrency` if
             None.
         source_concurrency: limits by source name; they win over what a source declares.
@@ -272,7 +272,7 @@ class SnapshotBuilder(BuilderArguments):
     Attributes:
         sources: the sources, in the order in which they are asked.
         publisher: writes events straight into the cache.
-        capacity: the limits on source operations under way at once.
+        capacity: the limits on calls under way at once.
         metrics, events: the sinks as used, so possibly within a buffer.
 
     Raises:
