@@ -360,6 +360,19 @@ async def test_who_gets_what_was_acquired_while_a_cache_was_asked_waits_no_longe
     await asyncio.sleep(5)  # until all is stored
 
 
+async def test_what_took_the_place_of_what_a_stage_had_read_has_its_own_story() -> None:
+    b = builder(Single("a", fetch=latency(1)), Single("b", fetch=latency(9)))
+    async with b.session(trace=True) as session:
+        slow = asyncio.ensure_future(session.resolve([A, B]))
+        await asyncio.sleep(2)
+        await session.resolve([A])
+        await session.revalidate([A], force_refresh=True)
+        snapshot = await slow
+    found = trace_of(snapshot).keys[A]
+    assert (found.version, found.obtained) == (snapshot[A].version, Obtained.FETCHED)
+    assert (found.start, found.end, the_call(trace_of(snapshot)).start) == (2, 3, 2)
+
+
 async def test_an_event_that_came_meanwhile_is_told_as_published() -> None:
     gate = Gate()
     b = builder(Single("a", fetch=held_at(gate)))

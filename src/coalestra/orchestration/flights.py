@@ -62,6 +62,7 @@ from coalestra.core.policies import (
 )
 from coalestra.core.protocols import Clock, Lease
 from coalestra.core.snapshot import DiagnosticsRecorder, FetchContext
+from coalestra.core.trace import Obtained
 from coalestra.core.values import CacheWriteStatus, Revision
 from coalestra.observability import ChangeLog, Reporter
 from coalestra.orchestration.readings import (
@@ -652,6 +653,8 @@ class Gather:
                 pin = self.base.get(key, reading)
                 if pin.revision is not reading.revision:
                     self.readings[key] = pin
+                    if key in self.logs:
+                        self.logs[key].obtained = Obtained.PINNED
 
     def drop_odd(self) -> Slices[None]:
         """Let fail, as at the deadline, what does not agree with the rest of what was read."""

@@ -656,8 +656,14 @@ class WorkTrace:
             if key in values:
                 version, stands_in = values[key].version, "fallback_error" in values[key].metadata
                 fitting = [each for each in mine if each.came_to(until) == version]
-                # One that was fetched may be kept, and stand in for a newer one, later on.
-                fitting.sort(key=lambda each: (each.obtained is Obtained.FALLBACK) is not stands_in)
+                # One that was fetched may be kept, and stand in for a newer one, later on; and it
+                # may take the place of what another stage was about to read.
+                fitting.sort(
+                    key=lambda each: (
+                        (each.obtained is Obtained.FALLBACK) is not stands_in,
+                        each.obtained is Obtained.PINNED,
+                    )
+                )
             else:
                 error = _said(errors.get(key))[1]
                 asked = [each for each in reversed(mine) if each.requested] or mine[::-1]
