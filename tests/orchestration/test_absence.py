@@ -437,8 +437,11 @@ async def test_a_refresh_told_of_an_absence_ends_the_value(mode: RefreshMode, an
     await attempt(building)
     await asyncio.sleep(3 if ahead else 6)
     source.change(x=answer)
-    assert (await attempt(building)).value(X) == "there"
+    session = building.session()
+    assert (await session.resolve([X])).value(X) == "there"
     await building.wait_for_refreshes()
+    counted = session.snapshot().diagnostics
+    assert (counted.refresh_completed, counted.refresh_failed) == (1, 0)
     absence(await attempt(building))
     labels = {"resource_namespace": "test", "resource_name": "x"}
     assert metrics.counter("resource_refresh_total", status="absent", **labels) == 1

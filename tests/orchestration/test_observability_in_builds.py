@@ -400,9 +400,10 @@ async def test_sessions_report_each_stage_and_each_revalidation() -> None:
         assert seen.count("snapshot_session_resolve_total", status=status) == 1
         assert seen.count("snapshot_session_revalidate_total", status=status) == 1
     resolved = seen.of("snapshot_session_resolved")
-    assert [(each["requested"], each["resolved"], each["failed"]) for each in resolved] == [
-        (1, 1, 0),
-        (1, 0, 1),
+    counts = ("requested", "resolved", "failed", "total_resources")
+    assert [tuple(each[name] for name in counts) for each in resolved] == [
+        (1, 1, 0, 1),
+        (1, 0, 1, 2),
     ]
     done, failed = seen.of("snapshot_session_revalidated")
     assert (done["committed"], done["force_refresh"]) == (True, True)
