@@ -63,6 +63,7 @@ from tests.support import (
     no_leaks,
     run_virtual,
     settle,
+    taking,
 )
 from tests.support.running import nothing_collected, without_collector
 
@@ -528,6 +529,23 @@ async def test_a_build_ends_whenever_its_workers_are_cancelled(kind: str, steps:
     snapshot = await task
     assert wanted in snapshot or "cancelled" in str(snapshot.errors[wanted])
     assert wanted in await building.build([wanted])
+
+
+async def test_a_client_that_times_itself_out_holds_up_no_other_source() -> None:
+    """Many cancel the task that they run in, and do not take that back."""
+
+    async def fetch(_key: ResourceKey, _context: FetchContext) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_soon(task.cancel)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1)
+        raise TimeoutError
+
+    building = builder(Single("slow", fetch=fetch), Single("good"))
+    await building.build([key("slow")], strict=False)
+    with taking(0):
+        await building.build([GOOD])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])

@@ -2047,6 +2047,15 @@ class Dispatch:
         if self.quiet_until != math.inf:
             self.quiet_until = asyncio.get_running_loop().time() + _QUIET_SECONDS
 
+    def end_quiet(self) -> None:
+        """Start workers again, as somebody has come who was not ended with the program.
+
+        A source may have cancelled its own task, which is how clients time themselves out.
+        """
+        if self.quiet_until != math.inf:
+            self.quiet_until = 0.0
+            self._staff_all()
+
     def staff_later(self, lane: Lane) -> None:
         """Let a lane start workers when the quiet is over."""
         if self.quiet_until != math.inf:
@@ -2056,7 +2065,9 @@ class Dispatch:
                 self._timer = loop.call_at(self.quiet_until, self._staff_all)
 
     def _staff_all(self) -> None:
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         lanes, self._resting = self._resting, {}
         for lane in lanes:
             lane.staff()

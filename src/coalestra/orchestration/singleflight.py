@@ -2065,6 +2065,8 @@ class Engine:
         call = call_served()
         if call is not None and call.keeps_others_waiting:
             self._run_for(call, stage, loop)
+        elif flights.dispatch.quiet_until:
+            flights.dispatch.end_quiet()
         try:
             if self._loop is not loop:  # another thread came before the stage was seen
                 raise _elsewhere()
