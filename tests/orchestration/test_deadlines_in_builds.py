@@ -124,6 +124,7 @@ async def test_delivery_that_does_not_fit_leaves_no_snapshot() -> None:
     assert metrics.counter("payload_copy_deadline_total", phase="snapshot_delivery") == 1
     told = [each.payload for each in events.events if "copy" in each.event_type]
     assert told == [{"snapshot_id": "s", "phase": "snapshot_delivery"}]
+    assert (await building.health_snapshot()).deadline_exceeded_count == 1
     gate.open()
 
 

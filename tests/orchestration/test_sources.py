@@ -309,9 +309,13 @@ async def test_chunks_hold_no_more_than_the_batch_size_and_run_within_capacity()
     await settle()
     assert gate.arrived == 2
     gate.open()
-    assert len(await reader) == 8
-    assert [len(call) for call in source.calls] == [3, 3, 2]
-    assert [each for call in source.calls for each in call] == keys
+    snapshot = await reader
+    assert len(snapshot) == 8
+    assert (snapshot.diagnostics.batch_chunks, snapshot.diagnostics.batch_calls) == (3, 3)
+    whole = await building.build([key("x", "whole")])
+    assert (whole.diagnostics.batch_chunks, whole.diagnostics.batch_calls) == (0, 1)
+    assert [len(call) for call in source.calls] == [3, 3, 2, 1]
+    assert [each for call in source.calls[:3] for each in call] == keys
 
 
 # Derived

@@ -360,6 +360,15 @@ async def test_who_gets_what_was_acquired_while_a_cache_was_asked_waits_no_longe
     await asyncio.sleep(5)  # until all is stored
 
 
+async def test_a_wait_for_the_value_to_be_stored_ends_with_that_though_the_build_goes_on() -> None:
+    b = builder(
+        Single("a", fetch=latency(1)), Single("b", fetch=latency(5)), cache=SingleKeyCache()
+    )
+    found = trace_of(await b.build([A, B], trace=True)).keys[A]
+    (stored,) = [each for each in found.waits if each.reason is WaitReason.STORE]
+    assert 1 < stored.start < stored.end == found.end < 1.1
+
+
 async def test_what_took_the_place_of_what_a_stage_had_read_has_its_own_story() -> None:
     b = builder(Single("a", fetch=latency(1)), Single("b", fetch=latency(9)))
     async with b.session(trace=True) as session:
