@@ -409,7 +409,8 @@ class LoopThread:
                     operation.fail(_copied(error))
                 return
             message = "an error that broke the event loop of a sync snapshot builder off"
-            self._loop.call_exception_handler({"message": message, "exception": error})
+            with contextlib.suppress(*PROGRAM_ENDS):  # of a handler that would end the program
+                self._loop.call_exception_handler({"message": message, "exception": error})
 
     async def _unwind(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}

@@ -230,6 +230,28 @@ def test_what_nobody_waits_for_is_told_to_the_loops_exception_handler(
     assert "broke the event loop" in caplog.records[0].getMessage()
 
 
+def test_an_exception_handler_that_ends_the_program_leaves_the_loop_running(
+    loop_thread: LoopThread,
+) -> None:
+    told, told_twice = list[object](), threading.Event()
+
+    def end_the_program(_: object, context: dict[str, Any]) -> None:
+        told.append(context["exception"])
+        if len(told) == 2:
+            told_twice.set()
+        raise SystemExit(3)
+
+    async def fail() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(end_the_program)
+        loop.call_soon(raise_it, LookupError())
+
+    outcome(started(loop_thread, fail, SubmissionBacklog(1)).future)
+    assert told_twice.wait(PATIENCE)
+    assert list(map(type, told)) == [LookupError, SystemExit]
+    assert loop_thread.run("answer()", answer) == 42
+
+
 def test_the_last_operation_begins_again_if_cancelled_unbegun(loop_thread: LoopThread) -> None:
     held, began = threading.Event(), threading.Event()
 
