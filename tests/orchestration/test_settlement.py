@@ -39,7 +39,7 @@ from coalestra import (
 from coalestra.concurrency import pace
 from coalestra.concurrency.deadline import CutOff
 from coalestra.orchestration import calls
-from coalestra.orchestration.calls import Call
+from coalestra.orchestration.calls import Call, Dispatch
 from coalestra.orchestration.flights import FlightBoard
 from coalestra.orchestration.singleflight import Agenda, Engine, SingleFlight
 from tests.contracts.caches import BatchAtomicCache
@@ -395,7 +395,14 @@ def interrupted_within(functions: set[CodeType], at: int, work: Callable[[], obj
 
 @pytest.mark.parametrize(
     "struck",
-    [FlightBoard.start, FlightBoard.hide, FlightBoard.land, FlightBoard.take_off, Call._deliver],
+    [
+        FlightBoard.start,
+        FlightBoard.hide,
+        FlightBoard.land,
+        FlightBoard.take_off,
+        Call._deliver,
+        Dispatch._flush_soon,
+    ],
     ids=lambda each: str(each.__name__),
 )
 def test_an_interrupt_at_any_place_leaves_no_key_that_nobody_acquires(struck: FunctionType) -> None:

@@ -2104,8 +2104,8 @@ class Dispatch:
 
     def _flush_soon(self, work: Work) -> None:
         if not work.flushing:
-            work.flushing = True
             asyncio.get_running_loop().call_soon(self._flush, work)
+            work.flushing = True
 
     def _flush(self, work: Work) -> None:
         """Hand the groups to their lanes, unless more keys for them are on their way."""
