@@ -370,6 +370,7 @@ def check(
         if budget is None:
             assert "the deadline" not in told, f"{k} failed with a deadline of others"
             assert "nobody waits" not in told, f"{k} failed as others had left"
+        assert world.wild or "was lost" not in told, f"{k} failed though it was being asked for"
         if isinstance(error, ResourceAbsentError):
             since = floor if failed_since is None else failed_since
             assert world.may_be_absent(k, since), f"{k} is said not to exist"

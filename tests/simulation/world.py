@@ -241,6 +241,7 @@ class World:
         self.vanishes = chance.random() < 0.5
         self.prompt = chance.choice((0.0, 0.5, 0.95))
         self.nests = chance.random() < 0.3
+        self.stubborn = chance.choice((0.0, 0.0, 0.7))
         self.odd = not self.calm and chance.random() < 0.3
         self.narrow = not self.calm and chance.random() < 0.3
         self.hold = 0.2 if self.wild and chance.random() < 0.3 else 0.0
@@ -460,9 +461,17 @@ class World:
             await asyncio.sleep(self.chance.choice((0, 0, 0.1, 1)))
 
     async def work(self) -> None:
-        """Take the time that a source takes, none at all where they are prompt; or fail."""
-        if self.chance.random() >= self.prompt:
-            await self.pause()
+        """Take the time that a source takes, none at all where they are prompt; or fail.
+
+        Where they are stubborn a source that is cancelled goes on for a while, as a thread does.
+        """
+        try:
+            if self.chance.random() >= self.prompt:
+                await self.pause()
+        except asyncio.CancelledError:
+            if self.stubborn:
+                await asyncio.sleep(self.stubborn)
+            raise
         if self.fails():
             raise self.trouble()
 
