@@ -115,24 +115,27 @@ _LONGEST_LINE = 1 if _in_several_processes() else 1000
 
 def _report(step: Step) -> None:
     _LINE.append(step)
-    mine = True
-    while mine and len(_LINE) >= _LONGEST_LINE:
-        with _turn(0.0) as mine:
-            pass
+    while len(_LINE) >= _LONGEST_LINE:
+        turn = _Turn()
+        try:
+            if not turn.take():
+                return
+            _settle()
+        finally:
+            turn.end()
 
 
 @contextmanager
-def _turn(patience_seconds: float) -> Iterator[bool]:
+def _turn() -> Iterator[None]:
     """Settle what has been reported, and let no fork into the block; another's turn is waited for.
 
     Not for ever: what holds out longer than a fork waits, a fork need not wait for either.
     """
     turn = _Turn()
     try:
-        mine = _ENDS.wait_for(turn.take, patience_seconds)
-        if mine:
+        if _ENDS.wait_for(turn.take, _PATIENCE_SECONDS):
             _settle()
-        yield mine
+        yield
     finally:
         turn.end()
 
@@ -224,7 +227,7 @@ class _Families(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return every series, with all that was reported before."""
-        with _turn(_PATIENCE_SECONDS):
+        with _turn():
             families = self._families.values()
             return iter([each for family in families for each in family.metric.collect()])
 

@@ -292,7 +292,7 @@ def test_a_registry_is_not_kept_alive(registry: CollectorRegistry) -> None:
     kept = weakref.ref(own)
     metrics(registry)
     del own, sink
-    with module._turn(0.0):
+    with module._turn():
         pass
     gc.collect()
     assert kept() is None
