@@ -31,6 +31,7 @@ from coalestra import (
 )
 from coalestra.concurrency.pace import Pace
 from coalestra.core.protocols import LeasedLookup
+from coalestra.orchestration import foreign_cache
 from coalestra.redis import (
     MessagePackCodec,
     RedisCache,
@@ -712,7 +713,10 @@ async def test_what_one_knows_not_to_exist_ends_with_the_news_of_another(caches:
         assert (await first.build([A])).value(A) == 1
 
 
-async def test_a_call_that_finishes_late_keeps_its_lease_and_serves_all(caches: Caches) -> None:
+async def test_a_call_that_finishes_late_keeps_its_lease_and_serves_all(
+    caches: Caches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_cache, "SHARE", 2.0)  # so that its reader asks for no value without
     calls: list[str] = []
     answer = asyncio.Event()
 
