@@ -296,6 +296,10 @@ async def test_what_a_session_fetched_to_derive_from_was_not_in_the_cache() -> N
     session = await shop.session(MIDDLE)
     snapshot = await session.resolve([BASE, OTHER])
     assert [snapshot[k].from_cache for k in (MIDDLE, BASE, OTHER)] == [False, False, True]
+    session = await shop.session(TOP, BASE)
+    await session.revalidate([BASE], force_refresh=True)
+    snapshot = await session.resolve([MIDDLE, OTHER])
+    assert [snapshot[k].from_cache for k in (MIDDLE, OTHER)] == [False, True]
     session = shop.builder.session()
     await shop.builder.publisher.publish(BASE, 2, source="feed")
     await session.resolve([MIDDLE])

@@ -230,6 +230,29 @@ def test_a_flush_waits_until_the_futures_tell(
     assert future.done()
 
 
+def test_a_flush_waits_for_what_was_cancelled_until_it_has_ended(
+    publisher: SyncResourcePublisher,
+    downstream: RecordingPublisher,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    working, ending = downstream.door("work"), downstream.door("end")
+
+    async def stubborn(_: object, **_flags: Any) -> Any:
+        try:
+            await working.pass_()
+        finally:
+            await ending.pass_()
+
+    monkeypatch.setattr(downstream, "publish_update", stubborn)
+    future = publisher.submit_publish(PRICE, 1, source="stream")
+    working.wait_reached()
+    assert future.cancel()
+    with pytest.raises(TimeoutError, match="1 of 1 still pending"):
+        publisher.flush(timeout_seconds=0)
+    ending.open()
+    publisher.flush(timeout_seconds=10)
+
+
 def test_an_error_of_the_publisher_stays_with_its_future(
     publisher: SyncResourcePublisher, downstream: RecordingPublisher
 ) -> None:

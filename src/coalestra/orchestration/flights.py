@@ -168,7 +168,7 @@ class Work:
 
     While stages wait, one timer watches the deadline for all of them. Once it is `over`, struck by
     its deadline or `closed` and no stage left, nothing is started in its name any more. `since` is
-    the number of this process at which a session began.
+    when a session began, in the numbers of `next_number`.
     """
 
     loop: asyncio.AbstractEventLoop | None = None

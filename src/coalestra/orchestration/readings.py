@@ -339,12 +339,13 @@ def pin_all(
     pins: dict[ResourceKey, Reading],
     readings: Mapping[ResourceKey, Reading],
     below: Mapping[ResourceKey, Reading] | None = None,
+    since: int = 0,
 ) -> None:
     """Pin readings, and out of sight what they rest on, unless other values are pinned already.
 
-    `below` is what `beneath` has said of these readings and pins, if it was asked.
+    `below` is what `beneath` has said of these readings and pins, if it was asked; else it is.
     """
-    more = {**readings, **(at_once(beneath(readings, pins)) if below is None else below)}
+    more = {**readings, **(at_once(beneath(readings, pins, since)) if below is None else below)}
     if len(pins) < _MANY_TIMES * len(more):
         pins.update({**more, **pins})  # which asks no key for its hash, as a look at each would
     else:

@@ -31,7 +31,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar, c
 
 from coalestra.concurrency.copying import deepcopy_payload
 from coalestra.concurrency.deadline import CutOff, CutOffExpired, Deadline
-from coalestra.concurrency.pace import Slices, all_or_none, at_once
+from coalestra.concurrency.pace import Slices, all_or_none
 from coalestra.core.errors import (
     BuilderClosedError,
     DependencyCycleError,
@@ -68,7 +68,7 @@ from coalestra.orchestration.flights import (
     call_served,
     circle_of,
 )
-from coalestra.orchestration.readings import Failure, Pins, Reading, beneath, pin_all
+from coalestra.orchestration.readings import Failure, Pins, Reading, pin_all
 from coalestra.orchestration.singleflight import Crowd, Engine, Stage
 from coalestra.orchestration.tracing import StageLog
 
@@ -208,9 +208,7 @@ class UnitOfWork:
         self, readings: Mapping[ResourceKey, Reading], below: Mapping[ResourceKey, Reading] | None
     ) -> None:
         if self.lasting:
-            if below is None:
-                below = at_once(beneath(readings, self.pins, self.work.since))
-            pin_all(self.pins, readings, below)
+            pin_all(self.pins, readings, below, self.work.since)
         else:
             self.pins.update(readings)
         if self.failures:
